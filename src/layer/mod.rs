@@ -1,0 +1,1 @@
+//! Writable layers over stored trees.

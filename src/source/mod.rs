@@ -1,0 +1,1 @@
+//! Where a tree comes from.
