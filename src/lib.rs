@@ -7,6 +7,7 @@
 //! - [`layer`]: mounts and writable layers over a tree, and reading back what was changed in one.
 //! - [`source`]: where a tree comes from: a directory, a layer.
 
+pub mod api;
 pub mod layer;
 pub mod source;
 pub mod store;
