@@ -1,13 +1,20 @@
 //! larder keeps file trees on Kubernetes nodes: each distinct file once, by the SHA-256 of its bytes.
 //!
-//! The map; arrows between modules go one way: `cli, agent → source → layer → store` and
-//! `agent, controller, cli → api`. `store` and `api` import none of the others.
+//! The map; arrows between modules go one way: `agent → source → layer → store`, `agent, controller → cluster → api`,
+//! and everybody may use `telemetry`. `store` and `api` import none of the others.
 //!
 //! - [`store`]: the node-local content-addressed store. Knows no Kubernetes and no mounts.
 //! - [`layer`]: mounts and writable layers over a tree, and reading back what was changed in one.
 //! - [`source`]: where a tree comes from: a directory, a layer.
+//! - [`api`]: the custom resources: types, defaults, validation, conditions. No I/O.
+//! - [`cluster`]: talking to the API server: following, writing, events, leases.
+//! - [`controller`]: one per cluster: resources to nodes, and the nodes' answers back.
+//! - [`telemetry`]: logs, health, metrics.
 
 pub mod api;
+pub mod cluster;
+pub mod controller;
 pub mod layer;
 pub mod source;
 pub mod store;
+pub mod telemetry;

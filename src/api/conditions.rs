@@ -90,6 +90,9 @@ pub mod reasons {
         /// A store works.
         SERVING = "Serving";
     }
+
+    /// Reasons of a Ready that is not true and needs no warning: ordinary steps on the way.
+    pub const EXPECTED: &[&str] = &[BUILDING, APPLYING, RELEASING, MANIFEST_NOT_READY, SUSPENDED];
 }
 
 /// One condition before it is joined with what the object has.
