@@ -3,6 +3,23 @@
 //! The in-memory form is two flat arenas, so that neither a deep tree nor dropping one needs a deep stack. A file's
 //! content is a digest and a size; its bytes are a blob of the store. Hard links are several entries with one
 //! [`LeafId`].
+//!
+//! - [`Tree::new`], [`Tree::add_dir`], [`Tree::add_leaf`], [`Tree::add_link`], [`Tree::finish`]: making one.
+//! - [`Tree::encode`], [`Tree::decode`], [`Reader`], [`Digests`]: the manifest, its canonical form as bytes.
+//! - [`Tree::lookup`], [`Tree::walk`], [`Tree::stats`]: looking into one.
+
+mod build;
+mod check;
+mod read;
+#[cfg(test)]
+mod tests;
+mod walk;
+mod write;
+
+pub use check::{InvalidTree, MAX_NAME, MAX_SYMLINK, MAX_XATTR_NAME, MAX_XATTR_VALUE};
+pub use read::{Digests, FormatError, Reader, Record};
+pub use walk::{Stats, Walk};
+pub use write::{EncodeError, MAGIC, VERSION};
 
 use super::Digest;
 
@@ -74,6 +91,9 @@ pub enum LeafKind {
     Socket,
 }
 
+/// Name and value of an extended attribute.
+pub type Xattr = (Box<[u8]>, Box<[u8]>);
+
 /// What every inode has.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Meta {
@@ -84,5 +104,5 @@ pub struct Meta {
     /// Time of the last change of the content: seconds since 1970 (also before it) and nanoseconds below 10^9.
     pub mtime: (i64, u32),
     /// Extended attributes, sorted by name; names are unique.
-    pub xattrs: Vec<(Box<[u8]>, Box<[u8]>)>,
+    pub xattrs: Vec<Xattr>,
 }

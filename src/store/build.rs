@@ -1,0 +1,340 @@
+//! A build: putting contents into the store so that a tree of them can be published.
+//!
+//! What is put is written to the build's own folder in `staging/`; it gets its name under `objects/` only after a
+//! sync has made it durable (see `publish.rs`). Dropping a build throws away what it staged.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+use super::files::{self, lock};
+use super::layout::{Inner, object_path};
+use super::leases::{BuildLeases, Leased};
+use super::{Digest, Error, Store};
+
+/// Contents up to this size are hashed in memory, so that one that is there already is never written.
+const SMALL: usize = 1 << 20;
+const CHUNK: usize = 1 << 18;
+/// Zero blocks of this size are not written where the source has holes …
+const FINE: usize = 4096;
+/// … and of this size where nothing is known of the source.
+const COARSE: usize = 1 << 16;
+
+/// Something that was put.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Blob {
+    pub digest: Digest,
+    /// Bytes.
+    pub size: u64,
+    /// Was it neither in the store nor in this build before?
+    pub new: bool,
+}
+
+/// Work towards one tree. Many threads may put at once. Made by [`Store::build`].
+///
+/// Everything that is put or found is leased until the build is published or dropped: no collection removes it.
+pub struct Build {
+    pub(super) store: Arc<Inner>,
+    pub(super) leases: Arc<BuildLeases>,
+    /// `staging/<build>`.
+    pub(super) path: String,
+    /// Opened before the first write, so that `syncfs` on it reports every write error since then, once.
+    pub(super) dir: OwnedFd,
+    /// Number of the next staged file. 0 stands for "in the store already".
+    next: AtomicU64,
+    /// Has a write failed? Then nothing may be published.
+    pub(super) failed: AtomicBool,
+    reflink: AtomicBool,
+}
+
+impl Store {
+    /// Begins a build. Fails with [`Error::DiskFull`] if less than the reserve is free.
+    pub fn build(&self) -> Result<Build, Error> {
+        let store = self.inner.clone();
+        store.reserve(0)?;
+        let path = store.staging_name("build");
+        let error = |e: Errno| store.write_error(&path, 4096, e);
+        files::ensure_dir(&store.dir, &path).map_err(error)?;
+        let dir = files::open_dir(&store.dir, path.as_str()).map_err(error)?;
+        let leases = store.leases.begin_build();
+        Ok(Build {
+            leases,
+            path,
+            dir,
+            next: AtomicU64::new(1),
+            failed: AtomicBool::new(false),
+            reflink: AtomicBool::new(true),
+            store,
+        })
+    }
+}
+
+impl Build {
+    /// Stores what a reader gives until its end.
+    ///
+    /// Fails with [`Error::Source`] if the reader does (the build may go on), else the build is lost.
+    pub fn put(&self, from: &mut dyn Read) -> Result<Blob, Error> {
+        let mut head = Vec::new();
+        from.take(SMALL as u64 + 1)
+            .read_to_end(&mut head)
+            .map_err(Error::Source)?;
+        match head.len() > SMALL {
+            false => self.put_small(&head, COARSE),
+            true => self.put_stream(&mut head.as_slice().chain(from), COARSE),
+        }
+    }
+
+    /// Stores a file's whole content, whatever the descriptor's position. Holes stay holes. The digest is that of the
+    /// bytes that were stored, even if the file changes meanwhile. Fails as [`Build::put`] does.
+    pub fn put_file(&self, from: &File) -> Result<Blob, Error> {
+        let stat = rustix::fs::fstat(from).map_err(|e| Error::Source(e.into()))?;
+        let size = stat.st_size.max(0) as u64;
+        let hole = match (stat.st_blocks.max(0) as u64).saturating_mul(512) < size {
+            true => FINE,
+            false => 0,
+        };
+        let mut reader = At { file: from, offset: 0 };
+        if size > SMALL as u64 {
+            if self.reflink.load(Ordering::Relaxed)
+                && let Some(blob) = self.put_reflink(from)?
+            {
+                return Ok(blob);
+            }
+            return self.put_stream(&mut reader, hole);
+        }
+        // One more than expected, so that the end is seen without growing the buffer.
+        let mut head = Vec::with_capacity(size as usize + 1);
+        let limit = SMALL as u64 + 1;
+        reader
+            .by_ref()
+            .take(limit)
+            .read_to_end(&mut head)
+            .map_err(Error::Source)?;
+        match head.len() > SMALL {
+            false => self.put_small(&head, hole),
+            true => self.put_stream(&mut head.as_slice().chain(reader), hole),
+        }
+    }
+
+    /// Stores bytes.
+    pub fn put_bytes(&self, bytes: &[u8]) -> Result<Blob, Error> {
+        match bytes.len() > SMALL {
+            false => self.put_small(bytes, COARSE),
+            true => self.put_stream(&mut { bytes }, COARSE),
+        }
+    }
+
+    /// Is a content in the store, or in this build, already? Then it is leased, counts as used now, and its size is
+    /// returned: compare it with the size that you expect.
+    pub fn find(&self, digest: &Digest) -> Result<Option<u64>, Error> {
+        let _shard = lock(self.store.shard(digest));
+        let mut table = lock(self.leases.table(digest));
+        if let Some(leased) = table.get(digest) {
+            return Ok(Some(leased.size));
+        }
+        let Some(size) = self.stored(digest)? else {
+            return Ok(None);
+        };
+        self.touch(digest)?;
+        table.insert(*digest, Leased { size, staged: 0 });
+        Ok(Some(size))
+    }
+
+    fn put_small(&self, bytes: &[u8], hole: usize) -> Result<Blob, Error> {
+        let digest = Digest::from_bytes(Sha256::digest(bytes).into());
+        let size = bytes.len() as u64;
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let new = self.claim(&digest, size, number)?;
+        if new {
+            self.guard(|| {
+                self.store.reserve(size)?;
+                let file = self.create(number)?;
+                let written = files::write_at(file.as_fd(), bytes, 0, hole);
+                written.map_err(|e| self.store.write_error(&self.path, size, e))?;
+                self.set_length(&file, size)
+            })?;
+        }
+        Ok(Blob { digest, size, new })
+    }
+
+    fn put_stream(&self, from: &mut dyn Read, hole: usize) -> Result<Blob, Error> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let file = self.guard(|| self.create(number))?;
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; CHUNK];
+        let mut size = 0u64;
+        loop {
+            let filled = match fill(from, &mut buffer) {
+                Ok(filled) => filled,
+                Err(error) => {
+                    // The reader's fault, not the store's: the other contents of the build are good.
+                    self.discard(number)?;
+                    return Err(Error::Source(error));
+                }
+            };
+            let bytes = &buffer[..filled];
+            if bytes.is_empty() {
+                break;
+            }
+            hash.update(bytes);
+            self.guard(|| {
+                self.store.reserve(bytes.len() as u64)?;
+                let written = files::write_at(file.as_fd(), bytes, size, hole);
+                written.map_err(|e| self.store.write_error(&self.path, bytes.len() as u64, e))
+            })?;
+            size += filled as u64;
+        }
+        self.guard(|| self.set_length(&file, size))?;
+        let digest = Digest::from_bytes(hash.finalize().into());
+        self.adopt(digest, size, number)
+    }
+
+    /// Shares the file's blocks where the file system can. `None` if it cannot.
+    fn put_reflink(&self, from: &File) -> Result<Option<Blob>, Error> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let file = self.guard(|| self.create(number))?;
+        match rustix::fs::ioctl_ficlone(&file, from) {
+            Ok(()) => {}
+            Err(error) => {
+                // Another file system, or one without reflinks. Whatever else it is, copying will tell.
+                if matches!(error, Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) {
+                    self.reflink.store(false, Ordering::Relaxed);
+                }
+                self.discard(number)?;
+                return Ok(None);
+            }
+        }
+        // What is stored is hashed, not the source, which may have changed since.
+        let mut hash = Sha256::new();
+        let mut buffer = vec![0; CHUNK];
+        let mut size = 0u64;
+        let mut stored = At { file: &file, offset: 0 };
+        loop {
+            let filled = match fill(&mut stored, &mut buffer) {
+                Ok(0) => break,
+                Ok(filled) => filled,
+                Err(error) => {
+                    self.discard(number)?;
+                    return Err(Error::Source(error));
+                }
+            };
+            hash.update(&buffer[..filled]);
+            size += filled as u64;
+        }
+        let digest = Digest::from_bytes(hash.finalize().into());
+        self.adopt(digest, size, number).map(Some)
+    }
+
+    /// Leases a blob. `true` if it must be staged, under `number`.
+    ///
+    /// A file that has another length than the content is not taken for it: the new copy will replace it.
+    fn claim(&self, digest: &Digest, size: u64, number: u64) -> Result<bool, Error> {
+        let _shard = lock(self.store.shard(digest));
+        let mut table = lock(self.leases.table(digest));
+        if table.get(digest).is_some_and(|leased| leased.size == size) {
+            return Ok(false);
+        }
+        let new = self.stored(digest)? != Some(size);
+        if !new {
+            self.touch(digest)?;
+        }
+        let staged = match new {
+            true => number,
+            false => 0,
+        };
+        table.insert(*digest, Leased { size, staged });
+        Ok(new)
+    }
+
+    /// Claims a blob that is staged already.
+    fn adopt(&self, digest: Digest, size: u64, number: u64) -> Result<Blob, Error> {
+        let new = self.claim(&digest, size, number)?;
+        if !new {
+            self.discard(number)?;
+        }
+        Ok(Blob { digest, size, new })
+    }
+
+    /// The length of a blob's file. Call with the shard's lock held.
+    fn stored(&self, digest: &Digest) -> Result<Option<u64>, Error> {
+        let path = object_path(digest);
+        let stat = files::stat(&self.store.dir, path.as_str());
+        let stat = stat.map_err(|e| Error::io("look for", self.store.path(&path), e))?;
+        Ok(stat.filter(files::is_file).map(|stat| stat.st_size.max(0) as u64))
+    }
+
+    fn touch(&self, digest: &Digest) -> Result<(), Error> {
+        let path = object_path(digest);
+        files::touch(&self.store.dir, path.as_str()).map_err(|e| Error::io("touch", self.store.path(&path), e))
+    }
+
+    fn create(&self, number: u64) -> Result<File, Error> {
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&self.dir, number.to_string(), flags, Mode::from_raw_mode(0o400));
+        Ok(File::from(
+            file.map_err(|e| self.store.write_error(&self.path, 4096, e))?,
+        ))
+    }
+
+    /// A file that ends in a hole has its length set by hand.
+    fn set_length(&self, file: &File, size: u64) -> Result<(), Error> {
+        let stat = rustix::fs::fstat(file).map_err(|e| Error::io("look at", self.store.path(&self.path), e))?;
+        if stat.st_size.max(0) as u64 != size {
+            rustix::fs::ftruncate(file, size).map_err(|e| self.store.write_error(&self.path, 4096, e))?;
+        }
+        Ok(())
+    }
+
+    fn discard(&self, number: u64) -> Result<(), Error> {
+        let removed = files::remove_file(&self.dir, number.to_string());
+        removed.map_err(|e| Error::io("remove a staged file of", self.store.path(&self.path), e))
+    }
+
+    /// Runs a write; if it fails, the build is lost.
+    fn guard<T>(&self, write: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+        write().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
+    }
+}
+
+impl Drop for Build {
+    fn drop(&mut self) {
+        // A collection may take the blobs from here on; those of a published tree have their ref by now.
+        self.store.leases.end_build(&self.leases);
+        // Should it fail, the next start empties staging.
+        let _ = files::remove_tree(&self.store.dir, self.path.as_str());
+    }
+}
+
+/// Reads a file from an offset of its own, whatever the descriptor's position.
+struct At<'a> {
+    file: &'a File,
+    offset: u64,
+}
+
+impl Read for At<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = rustix::io::pread(self.file, buffer, self.offset)?;
+        self.offset += read as u64;
+        Ok(read)
+    }
+}
+
+/// Reads until the buffer is full or the reader ends.
+fn fill(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match from.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(read) => filled += read,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}

@@ -1,0 +1,209 @@
+//! Small things about files that several parts of the store need.
+
+use std::ffi::{CStr, CString};
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use rustix::io::Errno;
+
+/// Takes a lock whatever happened to its last holder: what our locks guard is never left half done by a panic.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(super) fn open_dir(at: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(at, name, flags, Mode::empty())
+}
+
+/// Makes a folder that only root enters; one that is there already is good.
+pub(super) fn ensure_dir(at: impl AsFd, name: &str) -> Result<(), Errno> {
+    match rustix::fs::mkdirat(at, name, Mode::from_raw_mode(0o700)) {
+        Err(Errno::EXIST) => Ok(()),
+        other => other,
+    }
+}
+
+/// Names in a folder without `.` and `..`, and their type where the file system tells it.
+pub(super) fn names(dir: impl AsFd) -> Result<Vec<(CString, FileType)>, Errno> {
+    let mut names = Vec::new();
+    for entry in Dir::read_from(dir)? {
+        let entry = entry?;
+        if entry.file_name() != c"." && entry.file_name() != c".." {
+            names.push((entry.file_name().to_owned(), entry.file_type()));
+        }
+    }
+    Ok(names)
+}
+
+pub(super) fn stat(at: impl AsFd, name: impl rustix::path::Arg) -> Result<Option<Stat>, Errno> {
+    match rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(Errno::NOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+pub(super) fn is_file(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile
+}
+
+pub(super) fn is_dir(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+}
+
+/// The time of the last change of a file's content. One that does not fit counts as 1970, so as old.
+pub(super) fn mtime(stat: &Stat) -> SystemTime {
+    let nanos = u64::from(stat.st_mtime_nsec as u32 % 1_000_000_000);
+    let seconds = Duration::from_secs(stat.st_mtime.unsigned_abs());
+    let whole = match stat.st_mtime >= 0 {
+        true => UNIX_EPOCH.checked_add(seconds),
+        false => UNIX_EPOCH.checked_sub(seconds),
+    };
+    whole
+        .and_then(|time| time.checked_add(Duration::from_nanos(nanos)))
+        .unwrap_or(UNIX_EPOCH)
+}
+
+/// Removes a name that is not a folder; one that is gone already is good.
+pub(super) fn remove_file(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(at, name, AtFlags::empty()) {
+        Err(Errno::NOENT) => Ok(()),
+        other => other,
+    }
+}
+
+/// Sets a file's mtime to now: "last used".
+pub(super) fn touch(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    let times = Timestamps {
+        last_access: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_OMIT,
+        },
+        last_modification: Timespec {
+            tv_sec: 0,
+            tv_nsec: UTIME_NOW,
+        },
+    };
+    rustix::fs::utimensat(at, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Bytes that an ordinary user could still write to the file system.
+pub(super) fn available(fd: impl AsFd) -> Result<u64, Errno> {
+    let stat = rustix::fs::fstatvfs(fd)?;
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Writes all of `bytes` at `offset`, leaving out every whole block of `hole` bytes that is zero (they stay holes of
+/// a new file). With `hole` 0 everything is written. The file's length is the caller's business.
+pub(super) fn write_at(file: BorrowedFd<'_>, bytes: &[u8], offset: u64, hole: usize) -> io::Result<()> {
+    if hole == 0 {
+        return write_run(file, bytes, offset);
+    }
+    let mut start = 0;
+    let mut at = 0;
+    while at < bytes.len() {
+        let block = &bytes[at..bytes.len().min(at + hole)];
+        if block.len() == hole && is_zero(block) {
+            write_run(file, &bytes[start..at], offset + start as u64)?;
+            start = at + hole;
+        }
+        at += block.len();
+    }
+    write_run(file, bytes.get(start..).unwrap_or_default(), offset + start as u64)
+}
+
+fn write_run(file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match rustix::io::pwrite(file, bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => {
+                bytes = &bytes[written..];
+                offset += written as u64;
+            }
+            Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    // Looking at the first bytes alone settles nearly every block.
+    block.iter().take(16).all(|byte| *byte == 0) && block.iter().all(|byte| *byte == 0)
+}
+
+/// Removes a file, or a folder with everything below it, however deep; nothing there is good.
+///
+/// Follows no symlink and holds two descriptors at most: a folder that is not empty is first moved up to the top
+/// one, so that neither its depth nor the length of its path matters.
+pub fn remove_all(path: &Path) -> io::Result<()> {
+    let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "the path has no last component");
+    let name = path.file_name().ok_or_else(invalid)?;
+    let parent = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let parent = match rustix::fs::open(parent, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(()),
+        other => other?,
+    };
+    Ok(remove_tree(&parent, name)?)
+}
+
+pub(super) fn remove_tree(at: impl AsFd, name: impl rustix::path::Arg + Copy) -> Result<(), Errno> {
+    match rustix::fs::unlinkat(&at, name, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::ISDIR) => {}
+        Err(error) => return Err(error),
+    }
+    let top = open_dir(&at, name)?;
+    let mut moved = 0u64;
+    let mut pending = vec![None::<CString>];
+    while let Some(dir) = pending.pop() {
+        match dir {
+            None => empty_dir(&top, &top, &mut moved, &mut pending)?,
+            Some(dir) => {
+                empty_dir(&open_dir(&top, dir.as_c_str())?, &top, &mut moved, &mut pending)?;
+                rustix::fs::unlinkat(&top, dir.as_c_str(), AtFlags::REMOVEDIR)?;
+            }
+        }
+    }
+    rustix::fs::unlinkat(&at, name, AtFlags::REMOVEDIR)
+}
+
+/// Takes every name out of `dir`: removed, or as a folder that is not empty moved to `top` and noted in `pending`.
+fn empty_dir(dir: &OwnedFd, top: &OwnedFd, moved: &mut u64, pending: &mut Vec<Option<CString>>) -> Result<(), Errno> {
+    for (name, _) in names(dir)? {
+        let name: &CStr = &name;
+        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            Err(Errno::ISDIR) => {}
+            Err(error) => return Err(error),
+        }
+        match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => continue,
+            Err(Errno::NOTEMPTY | Errno::EXIST) => {}
+            Err(error) => return Err(error),
+        }
+        // Our own process made the tree; should a name like this be in it, the next number is tried.
+        loop {
+            let target = CString::new(format!(".removing-{moved}")).map_err(|_| Errno::INVAL)?;
+            *moved += 1;
+            match rustix::fs::renameat_with(dir, name, top, &target, rustix::fs::RenameFlags::NOREPLACE) {
+                Ok(()) => {
+                    pending.push(Some(target));
+                    break;
+                }
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(())
+}

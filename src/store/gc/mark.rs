@@ -1,0 +1,228 @@
+//! The mark: who names which trees, what these name, what there is.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::SystemTime;
+
+use rustix::io::Errno;
+
+use super::Holders;
+use crate::store::files::{self, lock};
+use crate::store::layout::{Inner, MANIFESTS, manifest_path, shard_path};
+use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
+use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
+
+/// What a mark found out.
+pub(super) struct Marked {
+    pub facts: Facts,
+    /// The refs in whose history each manifest is, by index.
+    pub history: Vec<Vec<RefName>>,
+    pub orphans: Vec<(TreeDigest, u64)>,
+    pub blocked: Vec<Problem>,
+    pub scanned: u64,
+}
+
+/// Who names a tree.
+#[derive(Default)]
+struct Named {
+    live: Option<Live>,
+    /// Only a hold: perhaps that of a build whose manifest has no name yet.
+    hold_only: bool,
+    retired_at: Option<SystemTime>,
+    history: Vec<RefName>,
+    /// For messages.
+    by: Vec<String>,
+}
+
+pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Result<Marked, Error> {
+    let refs = store.refs()?;
+    let held = holders.held()?;
+    let holds = store.leases.trees();
+    let mut blocked = refs.unreadable;
+    blocked.extend(held.unreadable);
+
+    // Sorted, so that the report does not depend on chance.
+    let mut named: BTreeMap<TreeDigest, Named> = BTreeMap::new();
+    for entry in &refs.refs {
+        if let Some(current) = &entry.current {
+            let named = named.entry(current.digest).or_default();
+            named.live = Some(Live::Current);
+            named.by.push(entry.name.to_string());
+        }
+        for old in &entry.history {
+            let named = named.entry(old.revision.digest).or_default();
+            named.retired_at = named.retired_at.max(Some(old.retired_at));
+            named.history.push(entry.name.clone());
+            named.by.push(format!("the history of {}", entry.name));
+        }
+    }
+    let mut in_use: HashSet<TreeDigest> = held.trees.into_iter().collect();
+    for tree in &in_use {
+        let named = named.entry(*tree).or_default();
+        named.live.get_or_insert(Live::InUse);
+        named.by.push("a layer or mount".to_owned());
+    }
+    for tree in &holds {
+        let named = named.entry(*tree).or_default();
+        named.hold_only = named.by.is_empty();
+        named.live.get_or_insert(Live::InUse);
+    }
+    in_use.extend(holds);
+
+    let free = files::available(&store.dir).map_err(|e| Error::io("ask for the free space of", &store.root, e))?;
+    let mut facts = Facts {
+        free,
+        ..Facts::default()
+    };
+    let mut index: HashMap<Digest, u32> = HashMap::new();
+    let mut history = Vec::new();
+    for (tree, named) in &named {
+        match read_manifest(store, tree, named, &mut facts.blobs, &mut index) {
+            Ok(fact) => {
+                facts.manifests.push(fact);
+                history.push(named.history.clone());
+            }
+            Err(Error::MissingManifest { .. }) if named.hold_only => {}
+            Err(error) => blocked.push(Problem {
+                path: store.path(manifest_path(tree)).display().to_string(),
+                message: format!("{error}; it is needed by {}", named.by.join(", ")),
+            }),
+        }
+    }
+    let orphans = orphans(store, &named)?;
+    facts.orphans = orphans.iter().map(|(_, size)| size).sum();
+    let scanned = scan(store, &mut facts, &index, now)?;
+    for image in images::list(store)? {
+        facts.images.push(ImageFact {
+            in_use: in_use.contains(&image.tree),
+            name: image.name,
+            tree: image.tree,
+            size: image.size,
+            last_used: image.last_used,
+        });
+    }
+    Ok(Marked {
+        facts,
+        history,
+        orphans,
+        blocked,
+        scanned,
+    })
+}
+
+fn read_manifest(
+    store: &Inner,
+    tree: &TreeDigest,
+    named: &Named,
+    blobs: &mut Vec<BlobFact>,
+    index: &mut HashMap<Digest, u32>,
+) -> Result<ManifestFact, Error> {
+    let contents = manifests::contents(store, tree)?;
+    let path = manifest_path(tree);
+    let stat = files::stat(&store.dir, path.as_str()).map_err(|e| Error::io("look at", store.path(&path), e))?;
+    let stat = stat.ok_or(Error::MissingManifest { tree: *tree })?;
+    let number = |(digest, size): (Digest, u64)| {
+        *index.entry(digest).or_insert_with(|| {
+            blobs.push(BlobFact {
+                digest,
+                size,
+                last_used: SystemTime::UNIX_EPOCH,
+                leased: false,
+                present: false,
+            });
+            // As many as there can be files in memory: far below 2^32.
+            (blobs.len() - 1) as u32
+        })
+    };
+    // The manifest's mtime is when the tree was last built, held or seen in use.
+    let used = files::mtime(&stat);
+    Ok(ManifestFact {
+        tree: *tree,
+        size: stat.st_size.max(0) as u64,
+        live: named.live,
+        unused_since: named.retired_at.map_or(used, |retired| retired.max(used)),
+        blobs: contents.into_iter().map(number).collect(),
+    })
+}
+
+/// Manifests that no ref, holder or hold names: their publish was cut short, or their history's limit was applied.
+fn orphans(store: &Inner, named: &BTreeMap<TreeDigest, Named>) -> Result<Vec<(TreeDigest, u64)>, Error> {
+    let mut orphans = Vec::new();
+    for (tree, size) in stored_manifests(store)? {
+        if !named.contains_key(&tree) {
+            orphans.push((tree, size));
+        }
+    }
+    Ok(orphans)
+}
+
+/// Every manifest in the store, and its size.
+pub(in crate::store) fn stored_manifests(store: &Inner) -> Result<Vec<(TreeDigest, u64)>, Error> {
+    let error = |e: Errno| Error::io("list", store.path(MANIFESTS), e);
+    let dir = files::open_dir(&store.dir, MANIFESTS).map_err(error)?;
+    let mut found = Vec::new();
+    for (name, _) in files::names(&dir).map_err(error)? {
+        let tree = name.to_str().ok().and_then(TreeDigest::from_hex);
+        // Another name is nothing that the store has made: it is not the store's to judge.
+        if let (Some(tree), Some(stat)) = (tree, files::stat(&dir, name.as_c_str()).map_err(error)?) {
+            found.push((tree, stat.st_size.max(0) as u64));
+        }
+    }
+    found.sort_unstable();
+    Ok(found)
+}
+
+/// Looks through `objects/`: names only for what is live, also times and sizes for the rest. Returns the count.
+fn scan(store: &Inner, facts: &mut Facts, index: &HashMap<Digest, u32>, now: SystemTime) -> Result<u64, Error> {
+    let mut live = vec![false; facts.blobs.len()];
+    for manifest in facts.manifests.iter().filter(|manifest| manifest.live.is_some()) {
+        for blob in &manifest.blobs {
+            live[*blob as usize] = true;
+        }
+    }
+    let mut scanned = 0;
+    for byte in 0..=255u8 {
+        let path = shard_path(byte);
+        let error = |e: Errno| Error::io("list", store.path(&path), e);
+        let dir = match files::open_dir(&store.dir, path.as_str()) {
+            Err(Errno::NOENT) => continue,
+            other => other.map_err(error)?,
+        };
+        let builds = store.leases.builds();
+        for (name, _) in files::names(&dir).map_err(error)? {
+            let Some(digest) = name
+                .to_str()
+                .ok()
+                .and_then(|rest| Digest::from_hex(&format!("{byte:02x}{rest}")))
+            else {
+                continue;
+            };
+            scanned += 1;
+            let known = index.get(&digest).copied();
+            if let Some(known) = known
+                && live[known as usize]
+            {
+                let blob = &mut facts.blobs[known as usize];
+                (blob.present, blob.last_used) = (true, now);
+                continue;
+            }
+            // Gone meanwhile: another collection cannot be running, but an admin can.
+            let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? else {
+                continue;
+            };
+            let fact = BlobFact {
+                digest,
+                size: stat.st_size.max(0) as u64,
+                last_used: files::mtime(&stat),
+                leased: builds
+                    .iter()
+                    .any(|build| lock(build.table(&digest)).contains_key(&digest)),
+                present: true,
+            };
+            match known {
+                Some(known) => facts.blobs[known as usize] = fact,
+                None => facts.blobs.push(fact),
+            }
+        }
+    }
+    Ok(scanned)
+}

@@ -1,0 +1,301 @@
+//! Carrying a plan out.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::SystemTime;
+
+use rustix::io::Errno;
+
+use super::mark::{Marked, stored_manifests};
+use super::{Decision, DroppedHistory, Kind, Report};
+use crate::store::files::{self, lock};
+use crate::store::layout::{Inner, manifest_path, object_path};
+use crate::store::retention::{Live, Plan, Reason};
+use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
+
+/// Blobs that are removed under one taking of a shard's lock: a put waits for no more.
+const BATCH: usize = 64;
+
+/// A plan that is being carried out.
+pub(super) struct Run<'a> {
+    pub store: &'a Inner,
+    pub marked: &'a Marked,
+    pub plan: &'a Plan,
+    pub tally: BTreeMap<(Kind, Reason), (u64, u64)>,
+    pub history: Vec<DroppedHistory>,
+    pub blocked: Vec<Problem>,
+}
+
+impl Run<'_> {
+    fn count(&mut self, kind: Kind, reason: Reason, bytes: u64) {
+        let (count, sum) = self.tally.entry((kind, reason)).or_default();
+        *count += 1;
+        *sum += bytes;
+    }
+
+    fn note_history(&mut self, index: usize, name: &RefName, reason: Reason) {
+        self.history.push(DroppedHistory {
+            name: name.to_string(),
+            digest: self.marked.facts.manifests[index].tree,
+            reason,
+        });
+    }
+
+    pub fn pretend(&mut self) {
+        let (marked, plan) = (self.marked, self.plan);
+        for (index, reason) in &plan.images {
+            self.count(Kind::Image, *reason, marked.facts.images[*index].size);
+        }
+        for (_, size) in &marked.orphans {
+            self.count(Kind::Manifest, Reason::Orphaned, *size);
+        }
+        for (index, reason) in &plan.manifests {
+            for name in &marked.history[*index] {
+                self.note_history(*index, name, *reason);
+            }
+            self.count(Kind::Manifest, *reason, marked.facts.manifests[*index].size);
+        }
+        for (index, reason) in &plan.blobs {
+            self.count(Kind::Blob, *reason, marked.facts.blobs[*index].size);
+        }
+    }
+
+    pub fn execute(&mut self) -> Result<(), Error> {
+        let (store, marked, plan) = (self.store, self.marked, self.plan);
+        for manifest in marked
+            .facts
+            .manifests
+            .iter()
+            .filter(|manifest| manifest.live == Some(Live::InUse))
+        {
+            // In use until now: its age as history, should it become that, begins here.
+            match files::touch(&store.dir, manifest_path(&manifest.tree)) {
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(Error::io("touch", store.path(manifest_path(&manifest.tree)), error)),
+            }
+        }
+        for (index, reason) in &plan.images {
+            let image = &marked.facts.images[*index];
+            if images::remove(store, &image.name, &image.tree)? {
+                self.count(Kind::Image, *reason, image.size);
+            }
+        }
+
+        // First what no ref has to be rewritten for: it frees the room that rewriting needs.
+        let orphans = marked
+            .orphans
+            .iter()
+            .map(|(tree, size)| (*tree, *size, Reason::Orphaned));
+        self.drop_manifests(orphans.collect())?;
+        let mut named = vec![false; marked.facts.blobs.len()];
+        for blob in marked.facts.manifests.iter().flat_map(|manifest| &manifest.blobs) {
+            named[*blob as usize] = true;
+        }
+        let (later, first): (Vec<_>, Vec<_>) = plan.blobs.iter().partition(|(index, _)| named[*index]);
+        if !self.sweep(first)? || plan.manifests.is_empty() {
+            return Ok(());
+        }
+
+        let dropped: HashMap<TreeDigest, (usize, Reason)> = plan
+            .manifests
+            .iter()
+            .map(|(index, reason)| (marked.facts.manifests[*index].tree, (*index, *reason)))
+            .collect();
+        let refs: HashSet<&RefName> = plan
+            .manifests
+            .iter()
+            .flat_map(|(index, _)| &marked.history[*index])
+            .collect();
+        let mut refs: Vec<_> = refs.into_iter().collect();
+        refs.sort();
+        for name in refs {
+            self.drop_history(name, &dropped)?;
+        }
+        let manifests = plan.manifests.iter().map(|(index, reason)| {
+            let manifest = &marked.facts.manifests[*index];
+            (manifest.tree, manifest.size, *reason)
+        });
+        self.drop_manifests(manifests.collect())?;
+        self.sweep(later)?;
+        Ok(())
+    }
+
+    /// Takes what the plan drops out of a ref's history, as that is now.
+    fn drop_history(&mut self, name: &RefName, dropped: &HashMap<TreeDigest, (usize, Reason)>) -> Result<(), Error> {
+        let store = self.store;
+        let _guard = store.lock_ref(name);
+        let Some(mut entry) = store.read_ref(name)? else {
+            return Ok(());
+        };
+        let mut gone = Vec::new();
+        entry.history.retain(|old| match dropped.get(&old.revision.digest) {
+            Some(found) => {
+                gone.push(*found);
+                false
+            }
+            None => true,
+        });
+        if gone.is_empty() {
+            return Ok(());
+        }
+        store.write_ref(&entry)?;
+        for (index, reason) in gone {
+            self.note_history(index, name, reason);
+        }
+        Ok(())
+    }
+
+    /// Removes manifests that no ref names and nobody holds by now.
+    fn drop_manifests(&mut self, trees: Vec<(TreeDigest, u64, Reason)>) -> Result<(), Error> {
+        if trees.is_empty() {
+            return Ok(());
+        }
+        let store = self.store;
+        let refs = store.refs()?;
+        if !refs.unreadable.is_empty() {
+            self.blocked.extend(refs.unreadable);
+            return Ok(());
+        }
+        let mut named: HashSet<TreeDigest> = HashSet::new();
+        for entry in &refs.refs {
+            named.extend(entry.current.iter().map(|revision| revision.digest));
+            named.extend(entry.history.iter().map(|old| old.revision.digest));
+        }
+        for (tree, size, reason) in trees {
+            if named.contains(&tree) {
+                continue;
+            }
+            let path = manifest_path(&tree);
+            // A publish that makes it current again holds it before it looks whether it is there.
+            match store
+                .leases
+                .unless_held(&tree, || files::remove_file(&store.dir, path.as_str()))
+            {
+                Some(Ok(())) => self.count(Kind::Manifest, reason, size),
+                Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes blobs, but not those that a manifest that is there now, or a lease, needs. `false` if something that
+    /// could need them cannot be read.
+    fn sweep(&mut self, blobs: Vec<&(usize, Reason)>) -> Result<bool, Error> {
+        let (store, facts) = (self.store, &self.marked.facts);
+        if !self.blocked.is_empty() {
+            return Ok(false);
+        }
+        if blobs.is_empty() {
+            return Ok(true);
+        }
+        let dropped: HashSet<usize> = self.plan.manifests.iter().map(|(index, _)| *index).collect();
+        let kept: HashSet<TreeDigest> = facts
+            .manifests
+            .iter()
+            .enumerate()
+            .filter(|(index, _)| !dropped.contains(index))
+            .map(|(_, manifest)| manifest.tree)
+            .collect();
+        let mut protected: HashSet<Digest> = HashSet::new();
+        let marked: HashMap<TreeDigest, usize> = facts
+            .manifests
+            .iter()
+            .enumerate()
+            .map(|(index, manifest)| (manifest.tree, index))
+            .collect();
+        for (tree, _) in stored_manifests(store)? {
+            if kept.contains(&tree) {
+                continue;
+            }
+            if let Some(index) = marked.get(&tree) {
+                let named = &facts.manifests[*index].blobs;
+                protected.extend(named.iter().map(|blob| facts.blobs[*blob as usize].digest));
+                continue;
+            }
+            match manifests::contents(store, &tree) {
+                Ok(contents) => protected.extend(contents.into_iter().map(|(digest, _)| digest)),
+                Err(Error::MissingManifest { .. }) => {}
+                Err(error) => {
+                    self.blocked.push(Problem {
+                        path: store.path(manifest_path(&tree)).display().to_string(),
+                        message: error.to_string(),
+                    });
+                    return Ok(false);
+                }
+            }
+        }
+        // A blob must not be gone while a ref or manifest that names it comes back after a crash.
+        let dir = files::open_dir(&store.dir, ".").map_err(|e| Error::io("open", &store.root, e))?;
+        rustix::fs::syncfs(&dir).map_err(|e| Error::io("sync", &store.root, e))?;
+
+        let mut shards: BTreeMap<u8, Vec<(usize, Reason)>> = BTreeMap::new();
+        for (index, reason) in blobs {
+            let digest = &facts.blobs[*index].digest;
+            if !protected.contains(digest) {
+                shards.entry(digest.as_bytes()[0]).or_default().push((*index, *reason));
+            }
+        }
+        for (byte, blobs) in shards {
+            for batch in blobs.chunks(BATCH) {
+                self.sweep_batch(byte, batch)?;
+            }
+        }
+        Ok(true)
+    }
+
+    fn sweep_batch(&mut self, byte: u8, batch: &[(usize, Reason)]) -> Result<(), Error> {
+        let (store, facts) = (self.store, &self.marked.facts);
+        let mut shard = lock(&store.shards[usize::from(byte)]);
+        // Under the lock: a build that is not among them takes its first lease here only after we are done.
+        let builds = store.leases.builds();
+        for (index, reason) in batch {
+            let blob = &facts.blobs[*index];
+            if builds
+                .iter()
+                .any(|build| lock(build.table(&blob.digest)).contains_key(&blob.digest))
+            {
+                continue;
+            }
+            let path = object_path(&blob.digest);
+            let removed = rustix::fs::unlinkat(&store.dir, path.as_str(), rustix::fs::AtFlags::empty());
+            match removed {
+                Ok(()) => {}
+                Err(Errno::NOENT) => continue,
+                Err(error) => return Err(Error::io("remove", store.path(&path), error)),
+            }
+            Inner::count_removed(&mut shard, blob.size);
+            self.count(Kind::Blob, *reason, blob.size);
+        }
+        Ok(())
+    }
+
+    pub fn report(self, dry_run: bool, started: SystemTime) -> Report {
+        let marked = self.marked;
+        let decisions: Vec<Decision> = self
+            .tally
+            .iter()
+            .map(|((kind, reason), (count, bytes))| Decision {
+                kind: *kind,
+                reason: *reason,
+                message: reason.to_string(),
+                count: *count,
+                bytes: *bytes,
+            })
+            .collect();
+        let deleted = decisions.iter().filter(|decision| decision.kind == Kind::Blob);
+        let missing = marked.facts.blobs.iter().filter(|blob| !blob.present).count() as u64;
+        Report {
+            dry_run,
+            started,
+            finished: SystemTime::now().max(started),
+            scanned_blobs: marked.scanned,
+            deleted_blobs: deleted.map(|decision| decision.count).sum(),
+            freed_bytes: decisions.iter().map(|decision| decision.bytes).sum(),
+            dropped_history: self.history,
+            decisions,
+            over_limit: self.plan.over_limit.clone(),
+            blocked: self.blocked,
+            missing_blobs: missing,
+        }
+    }
+}

@@ -1,0 +1,334 @@
+//! The store's folder: its layout, its identity, the one-writer lock.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::error::is_full;
+use super::files::{self, lock};
+use super::leases::Leases;
+use super::{Digest, Error, Options, TreeDigest};
+
+/// The version of the layout. A program refuses a store of a later one.
+const FORMAT: u32 = 1;
+const CONFIG: &str = "larder.json";
+const LOCK: &str = "lock";
+pub(super) const STAGING: &str = "staging";
+pub(super) const OBJECTS: &str = "objects";
+pub(super) const MANIFESTS: &str = "manifests";
+pub(super) const IMAGES: &str = "images";
+pub(super) const REFS: &str = "refs";
+/// A file that only keeps some blocks: see [`Inner::ensure_spare`].
+pub(super) const SPARE: &str = "spare";
+/// Everything that may be in a store's folder before `larder.json` is, or beside it.
+const KNOWN: &[&str] = &[
+    CONFIG,
+    LOCK,
+    SPARE,
+    STAGING,
+    OBJECTS,
+    MANIFESTS,
+    IMAGES,
+    REFS,
+    "layers",
+    "mnt",
+    "cache",
+    "runs",
+    "quarantine",
+    "node.json",
+    "control.sock",
+    "lost+found",
+];
+
+#[derive(Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Config {
+    format: u32,
+    id: String,
+}
+
+/// Objects whose digest begins with one byte.
+#[derive(Default)]
+pub(super) struct Shard {
+    /// What the shard holds, once it was counted.
+    pub counted: Option<Count>,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Count {
+    pub blobs: u64,
+    pub bytes: u64,
+}
+
+/// An open store.
+pub(super) struct Inner {
+    pub root: PathBuf,
+    /// The root folder; all paths below are relative to it.
+    pub dir: OwnedFd,
+    pub id: String,
+    pub options: Options,
+    /// One lock per first byte of a digest. A put holds it while it looks for its blob, a sweep while it removes some.
+    pub shards: Vec<Mutex<Shard>>,
+    pub leases: Leases,
+    /// A ref is changed under the lock of its name's hash.
+    pub ref_locks: Vec<Mutex<()>>,
+    /// Held by the running collection.
+    pub collecting: Mutex<()>,
+    next: AtomicU64,
+    /// The kernel drops the lock with the descriptor, so also when the process dies.
+    _lock: File,
+}
+
+impl Inner {
+    pub fn open(root: &Path, options: Options) -> Result<Inner, Error> {
+        let mut builder = std::fs::DirBuilder::new();
+        builder.recursive(true).mode(0o700);
+        builder.create(root).map_err(|e| Error::io("create", root, e))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| Error::io("open", root, e))?;
+        refuse_strangers(root, &dir)?;
+        let lock = take_lock(root)?;
+        let id = match read_config(root)? {
+            Some(config) => config.id,
+            None => create(root, &dir)?,
+        };
+        let store = Inner {
+            root: root.to_owned(),
+            dir,
+            id,
+            options,
+            shards: (0..256).map(|_| Mutex::default()).collect(),
+            leases: Leases::default(),
+            ref_locks: (0..64).map(|_| Mutex::default()).collect(),
+            collecting: Mutex::default(),
+            next: AtomicU64::new(1),
+            _lock: lock,
+        };
+        store.empty_staging()?;
+        store.ensure_spare()?;
+        Ok(store)
+    }
+
+    /// What builds and collections of a process that is gone have left. Nobody else writes here: we hold the lock.
+    fn empty_staging(&self) -> Result<(), Error> {
+        let error = |e| Error::io("empty", self.path(STAGING), e);
+        files::ensure_dir(&self.dir, STAGING).map_err(error)?;
+        let staging = files::open_dir(&self.dir, STAGING).map_err(error)?;
+        for (name, _) in files::names(&staging).map_err(error)? {
+            files::remove_tree(&staging, name.as_c_str()).map_err(error)?;
+        }
+        Ok(())
+    }
+
+    pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
+        self.root.join(relative)
+    }
+
+    /// A name below `staging/` that nobody else uses.
+    pub fn staging_name(&self, what: &str) -> String {
+        format!("{STAGING}/{what}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub fn shard(&self, digest: &Digest) -> &Mutex<Shard> {
+        &self.shards[usize::from(digest.as_bytes()[0])]
+    }
+
+    /// The error of a write, told apart from a full disk.
+    pub fn write_error(&self, path: impl AsRef<Path>, needed: u64, source: impl Into<io::Error>) -> Error {
+        let source = source.into();
+        if is_full(&source) {
+            return Error::DiskFull {
+                needed: needed.saturating_add(self.options.reserved_free),
+                free: files::available(&self.dir).unwrap_or(0),
+            };
+        }
+        Error::io("write", self.path(path), source)
+    }
+
+    /// Fails unless `needed` bytes can be written with the reserve left free.
+    pub fn reserve(&self, needed: u64) -> Result<(), Error> {
+        let free = files::available(&self.dir).map_err(|e| Error::io("ask for the free space of", &self.root, e))?;
+        let needed = needed.saturating_add(self.options.reserved_free);
+        match free < needed {
+            true => Err(Error::DiskFull { needed, free }),
+            false => Ok(()),
+        }
+    }
+
+    /// Counts a blob that got its name. Call with the shard's lock held.
+    pub fn count_named(shard: &mut Shard, bytes: u64) {
+        if let Some(count) = &mut shard.counted {
+            count.blobs += 1;
+            count.bytes += bytes;
+        }
+    }
+
+    /// Counts a blob that lost its name. Call with the shard's lock held.
+    pub fn count_removed(shard: &mut Shard, bytes: u64) {
+        if let Some(count) = &mut shard.counted {
+            count.blobs = count.blobs.saturating_sub(1);
+            count.bytes = count.bytes.saturating_sub(bytes);
+        }
+    }
+
+    /// What `objects/` holds: counted once, kept up to date since.
+    pub fn objects(&self) -> Result<Count, Error> {
+        let mut total = Count::default();
+        for (byte, shard) in self.shards.iter().enumerate() {
+            let path = shard_path(byte as u8);
+            let error = |e| Error::io("count", self.path(&path), e);
+            let mut shard = lock(shard);
+            let count = match shard.counted {
+                Some(count) => count,
+                None => {
+                    let mut count = Count::default();
+                    let dir = match files::open_dir(&self.dir, path.as_str()) {
+                        Err(rustix::io::Errno::NOENT) => None,
+                        other => Some(other.map_err(error)?),
+                    };
+                    if let Some(dir) = dir {
+                        for (name, _) in files::names(&dir).map_err(error)? {
+                            if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
+                                count.blobs += 1;
+                                count.bytes += stat.st_size.max(0) as u64;
+                            }
+                        }
+                    }
+                    shard.counted = Some(count);
+                    count
+                }
+            };
+            total.blobs += count.blobs;
+            total.bytes += count.bytes;
+        }
+        Ok(total)
+    }
+}
+
+pub(super) fn shard_path(byte: u8) -> String {
+    format!("{OBJECTS}/{byte:02x}")
+}
+
+pub(super) fn object_path(digest: &Digest) -> String {
+    let hex = digest.hex();
+    format!("{OBJECTS}/{}/{}", &hex[..2], &hex[2..])
+}
+
+pub(super) fn manifest_path(tree: &TreeDigest) -> String {
+    format!("{MANIFESTS}/{}", tree.hex())
+}
+
+fn refuse_strangers(root: &Path, dir: &OwnedFd) -> Result<(), Error> {
+    for (name, _) in files::names(dir).map_err(|e| Error::io("list", root, e))? {
+        let name = name.to_string_lossy();
+        if name == CONFIG {
+            return Ok(());
+        }
+    }
+    // Without larder.json it is a new store, or one whose creation was cut short. Never a folder of something else.
+    for (name, _) in files::names(dir).map_err(|e| Error::io("list", root, e))? {
+        let name = name.to_string_lossy().into_owned();
+        if !KNOWN.contains(&name.as_str()) && name != format!("{CONFIG}.new") {
+            return Err(Error::NotAStore {
+                root: root.to_owned(),
+                found: name,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn take_lock(root: &Path) -> Result<File, Error> {
+    let path = root.join(LOCK);
+    let mut file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(&path)
+        .map_err(|e| Error::io("open", &path, e))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let mut text = String::new();
+            // Only for the message: an unreadable holder is "another process".
+            let _ = file.take(32).read_to_string(&mut text);
+            return Err(Error::Locked {
+                root: root.to_owned(),
+                pid: text.trim().parse().ok(),
+            });
+        }
+        Err(error) => return Err(Error::io("lock", &path, error)),
+    }
+    // The pid is for messages only, and a full disk must not keep a store from being opened (its collection frees it).
+    let written = file
+        .rewind()
+        .and_then(|()| file.set_len(0))
+        .and_then(|()| writeln!(file, "{}", std::process::id()));
+    match written {
+        Err(error) if !is_full(&error) => Err(Error::io("write", &path, error)),
+        _ => Ok(file),
+    }
+}
+
+fn read_config(root: &Path) -> Result<Option<Config>, Error> {
+    let path = root.join(CONFIG);
+    let text = match std::fs::read_to_string(&path) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(Error::io("read", &path, error)),
+    };
+    let invalid = |message: String| Error::Config {
+        path: path.clone(),
+        message,
+    };
+    let config: Config = serde_json::from_str(&text).map_err(|e| invalid(format!("cannot be read: {e}")))?;
+    if config.format != FORMAT {
+        let format = config.format;
+        return Err(invalid(format!(
+            "the store has format {format}; this program works with format {FORMAT}"
+        )));
+    }
+    if config.id.is_empty() {
+        return Err(invalid("the store has no id".to_owned()));
+    }
+    Ok(Some(config))
+}
+
+/// Makes the folders, then `larder.json`, whose presence says that the store is whole.
+fn create(root: &Path, dir: &OwnedFd) -> Result<String, Error> {
+    let error = |e: rustix::io::Errno| Error::io("create the folders of", root, e);
+    for name in [STAGING, OBJECTS, MANIFESTS, IMAGES, REFS] {
+        files::ensure_dir(dir, name).map_err(error)?;
+    }
+    for byte in 0..=255 {
+        files::ensure_dir(dir, &shard_path(byte)).map_err(error)?;
+    }
+    let config = Config {
+        format: FORMAT,
+        id: uuid::Uuid::new_v4().to_string(),
+    };
+    let path = root.join(CONFIG);
+    let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::io("write", &path, io::Error::from(e)))?;
+    let new = root.join(format!("{CONFIG}.new"));
+    let written = File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&new)
+        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
+    written.map_err(|e| Error::io("write", &new, e))?;
+    std::fs::rename(&new, &path).map_err(|e| Error::io("create", &path, e))?;
+    rustix::fs::syncfs(dir).map_err(error)?;
+    Ok(config.id)
+}

@@ -1,0 +1,88 @@
+//! Reading the manifests of the store. A manifest is believed only if its bytes have the digest that it is named by.
+
+use std::fs::File;
+use std::io::{self, Read};
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+use sha2::{Digest as _, Sha256};
+
+use super::layout::{Inner, manifest_path};
+use super::tree::{Digests, FormatError, Tree};
+use super::{Digest, Error, TreeDigest};
+
+fn open(store: &Inner, tree: &TreeDigest) -> Result<File, Error> {
+    let path = manifest_path(tree);
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
+    match rustix::fs::openat(&store.dir, path.as_str(), flags, Mode::empty()) {
+        Ok(file) => Ok(file.into()),
+        Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
+        Err(error) => Err(Error::io("open", store.path(&path), error)),
+    }
+}
+
+/// Fails unless the manifest is there and has the right bytes.
+pub(super) fn verify(store: &Inner, tree: &TreeDigest) -> Result<(), Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    io::copy(&mut input, &mut io::sink()).map_err(|e| Error::io("read", store.path(manifest_path(tree)), e))?;
+    input.finish(tree)
+}
+
+pub(super) fn load(store: &Inner, tree: &TreeDigest) -> Result<Tree, Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    let read = Tree::read(&mut input).map_err(|source| bad(store, tree, source))?;
+    input.finish(tree)?;
+    Ok(read)
+}
+
+/// Digest and size of every distinct content that the tree names, sorted.
+pub(super) fn contents(store: &Inner, tree: &TreeDigest) -> Result<Vec<(Digest, u64)>, Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    let mut found = Vec::new();
+    for content in Digests::new(&mut input) {
+        found.push(content.map_err(|source| bad(store, tree, source))?);
+    }
+    input.finish(tree)?;
+    found.sort_unstable();
+    found.dedup();
+    Ok(found)
+}
+
+fn bad(store: &Inner, tree: &TreeDigest, source: FormatError) -> Error {
+    match source {
+        FormatError::Io(error) => Error::io("read", store.path(manifest_path(tree)), error),
+        source => Error::BadManifest { tree: *tree, source },
+    }
+}
+
+/// Hashes what is read through it.
+struct Hashing {
+    file: File,
+    hash: Sha256,
+}
+
+impl Hashing {
+    fn new(file: File) -> Self {
+        Self {
+            file,
+            hash: Sha256::new(),
+        }
+    }
+
+    /// Call after reading to the end.
+    fn finish(self, tree: &TreeDigest) -> Result<(), Error> {
+        let found = TreeDigest::from_bytes(self.hash.finalize().into());
+        match found == *tree {
+            true => Ok(()),
+            false => Err(Error::WrongManifest { tree: *tree, found }),
+        }
+    }
+}
+
+impl Read for Hashing {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.hash.update(&buffer[..read]);
+        Ok(read)
+    }
+}

@@ -1,0 +1,242 @@
+//! Publishing a build: the order in which a tree becomes part of the store.
+//!
+//! 1. the manifest is staged beside the blobs; **sync**: all of it is durable, none of it has a name
+//! 2. the blobs get their names; the ref is staged; **sync**: the names are durable, also those that other builds gave
+//!    to blobs that this one found present (so this sync is never skipped)
+//! 3. the manifest gets its name, then the ref; **sync**
+//!
+//! A crash at any point leaves either no new name, or names of whole contents that nothing refers to yet.
+
+use std::fs::File;
+use std::io::{BufWriter, Write};
+use std::sync::atomic::Ordering;
+use std::time::SystemTime;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
+
+use super::files::{self, lock};
+use super::layout::{Inner, manifest_path, object_path, shard_path};
+use super::leases::Hold;
+use super::refs::{Ref, RefName, Revision};
+use super::tree::{EncodeError, Tree};
+use super::{Build, Error, TreeDigest, manifests};
+
+/// Under which name a tree is published, and for whom.
+#[derive(Debug, Clone)]
+pub struct Publish {
+    pub name: RefName,
+    /// UID of the owning object. If the ref has another owner, that one's revision becomes history.
+    pub owner: String,
+    /// Generation of the owner's spec that the build is based on.
+    pub generation: i64,
+    /// The rebuild request that the build answers, if any.
+    pub request: Option<String>,
+    /// Where the tree comes from, for the record.
+    pub source: serde_json::Value,
+    /// How many former revisions to keep, at most.
+    pub history_limit: u32,
+    /// Time of the build.
+    pub now: SystemTime,
+}
+
+impl Build {
+    /// Makes the tree the current revision of a ref, durably. On any error everything that was staged is thrown away.
+    ///
+    /// Every content that the tree names must have been put in this build or be in the store
+    /// ([`Error::MissingBlob`], [`Error::WrongLength`]). An equal tree keeps the revision that the ref has; only its
+    /// generation, request, source and limit are brought up to date.
+    pub fn publish(self, tree: &Tree, target: Publish) -> Result<Revision, Error> {
+        if self.failed.load(Ordering::Relaxed) {
+            return Err(Error::BuildFailed);
+        }
+        let store = self.store.clone();
+        self.lease_contents(tree)?;
+        let manifest = self.path.clone() + "/manifest";
+        let digest = self.stage_manifest(tree, &manifest)?;
+        // From here no collection drops the manifest, be it new or old.
+        let _hold = Hold::take(&store, &digest, || Ok::<_, Error>(()))?;
+        let keep_manifest = manifests::verify(&store, &digest).is_ok();
+        if keep_manifest {
+            let removed = files::remove_file(&store.dir, manifest.as_str());
+            removed.map_err(|e| Error::io("remove", store.path(&manifest), e))?;
+            let touched = files::touch(&store.dir, manifest_path(&digest));
+            touched.map_err(|e| Error::io("touch", store.path(manifest_path(&digest)), e))?;
+        }
+        if !keep_manifest || self.has_staged() {
+            self.sync()?;
+        }
+        let added = self.name_blobs()?;
+
+        let stats = tree.stats();
+        let revision = Revision {
+            digest,
+            files: stats.files,
+            entries: stats.entries,
+            size: stats.logical,
+            unique: stats.distinct,
+            added,
+            built_at: target.now,
+        };
+        let name = target.name.clone();
+        let _ref = store.lock_ref(&name);
+        let old = match store.read_ref(&name) {
+            Ok(old) => old,
+            // A rebuild is what heals it; what it held besides is no longer known.
+            Err(Error::BadRef { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let new = next(old.clone(), revision, target);
+        let staged_ref = self.path.clone() + "/ref";
+        let write_ref = old.as_ref() != Some(&new);
+        if write_ref {
+            store.stage_ref(&new, &staged_ref)?;
+        }
+        self.sync()?;
+
+        if !keep_manifest {
+            let path = manifest_path(&digest);
+            let renamed = rustix::fs::renameat(&store.dir, manifest.as_str(), &store.dir, path.as_str());
+            renamed.map_err(|e| store.write_error(&path, 4096, e))?;
+        }
+        if write_ref {
+            store.name_ref(&name, &staged_ref)?;
+        }
+        if write_ref || !keep_manifest {
+            self.sync()?;
+        }
+        match new.current {
+            Some(revision) => Ok(revision),
+            // `next` always sets it.
+            None => Err(Error::MissingManifest { tree: digest }),
+        }
+    }
+
+    fn lease_contents(&self, tree: &Tree) -> Result<(), Error> {
+        for (digest, expected) in tree.contents() {
+            match self.find(digest)? {
+                Some(found) if found == expected => {}
+                Some(found) => {
+                    return Err(Error::WrongLength {
+                        digest: *digest,
+                        expected,
+                        found,
+                    });
+                }
+                None => return Err(Error::MissingBlob { digest: *digest }),
+            }
+        }
+        Ok(())
+    }
+
+    fn stage_manifest(&self, tree: &Tree, path: &str) -> Result<TreeDigest, Error> {
+        let store = &self.store;
+        store.reserve(0)?;
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = rustix::fs::openat(&store.dir, path, flags, Mode::from_raw_mode(0o400));
+        let file = File::from(file.map_err(|e| store.write_error(path, 4096, e))?);
+        let mut out = BufWriter::new(file);
+        let digest = match tree.encode(&mut out) {
+            Ok(digest) => digest,
+            Err(EncodeError::Invalid(invalid)) => return Err(invalid.into()),
+            Err(EncodeError::Io(error)) => return Err(store.write_error(path, 1 << 16, error)),
+        };
+        out.flush().map_err(|e| store.write_error(path, 1 << 16, e))?;
+        Ok(digest)
+    }
+
+    fn has_staged(&self) -> bool {
+        let staged = |table: &std::sync::Mutex<std::collections::HashMap<_, super::leases::Leased>>| {
+            lock(table).values().any(|leased| leased.staged != 0)
+        };
+        self.leases.tables.iter().any(staged)
+    }
+
+    /// Makes everything on the file system durable, or reports what could not be written since the build began.
+    fn sync(&self) -> Result<(), Error> {
+        // What a failed sync lost is not known, so the build is lost. The kernel tells it once per descriptor.
+        rustix::fs::syncfs(&self.dir).map_err(|e| self.store.write_error(&self.path, 0, e))
+    }
+
+    /// Gives the staged blobs their names. Returns how many bytes that added.
+    fn name_blobs(&self) -> Result<u64, Error> {
+        let store = &self.store;
+        let mut added = 0;
+        for (byte, table) in self.leases.tables.iter().enumerate() {
+            // Sorted, so that two builds go through a folder alike; a copy, so that no lock is held for long.
+            let mut staged: Vec<_> = lock(table)
+                .iter()
+                .filter(|(_, leased)| leased.staged != 0)
+                .map(|(digest, leased)| (*digest, *leased))
+                .collect();
+            staged.sort_unstable_by_key(|(digest, _)| *digest);
+            for (digest, leased) in staged {
+                let mut shard = lock(&store.shards[byte]);
+                let path = object_path(&digest);
+                let there = files::stat(&store.dir, path.as_str());
+                let there = there.map_err(|e| Error::io("look for", store.path(&path), e))?;
+                let old = there.as_ref().map(|stat| stat.st_size.max(0) as u64);
+                if there.as_ref().is_some_and(files::is_file) && old == Some(leased.size) {
+                    // Another build was faster. Our copy goes with the build's folder.
+                    continue;
+                }
+                let from = format!("{}/{}", self.path, leased.staged);
+                name_blob(store, byte as u8, &from, &path)?;
+                match old {
+                    None => Inner::count_named(&mut shard, leased.size),
+                    // Damaged from outside, so the count is not to be trusted either.
+                    Some(_) => shard.counted = None,
+                }
+                added += leased.size;
+            }
+        }
+        Ok(added)
+    }
+}
+
+fn name_blob(store: &Inner, byte: u8, from: &str, to: &str) -> Result<(), Error> {
+    let rename = || rustix::fs::renameat(&store.dir, from, &store.dir, to);
+    let error = |e: Errno| store.write_error(to, 4096, e);
+    match rename() {
+        Err(Errno::NOENT) => {
+            // Somebody has removed an empty shard's folder.
+            files::ensure_dir(&store.dir, &shard_path(byte)).map_err(error)?;
+            rename().map_err(error)
+        }
+        other => other.map_err(error),
+    }
+}
+
+/// The ref after a publish.
+fn next(old: Option<Ref>, revision: Revision, target: Publish) -> Ref {
+    let mut new = old.unwrap_or_else(|| Ref {
+        name: target.name.clone(),
+        owner: target.owner.clone(),
+        generation: 0,
+        request: None,
+        source: serde_json::Value::Null,
+        current: None,
+        history: Vec::new(),
+        history_limit: 0,
+    });
+    let same_owner = new.owner == target.owner;
+    let same_tree = new
+        .current
+        .as_ref()
+        .is_some_and(|current| current.digest == revision.digest);
+    if !(same_owner && same_tree) {
+        if !same_tree {
+            new.retire(target.now);
+        }
+        // A tree that is current again is not history.
+        new.history.retain(|old| old.revision.digest != revision.digest);
+        new.current = Some(revision);
+    }
+    new.owner = target.owner;
+    new.generation = target.generation;
+    new.request = target.request;
+    new.source = target.source;
+    new.history_limit = target.history_limit;
+    new.apply_limit();
+    new
+}

@@ -1,0 +1,8 @@
+//! Tests of the store as a whole. Those of one part alone sit with it.
+
+mod builds;
+mod collecting;
+mod exporting;
+mod full_disk;
+mod refs;
+mod stress;

@@ -1,0 +1,135 @@
+//! Making a tree.
+
+use super::{Dir, DirId, Entry, InvalidTree, Leaf, LeafId, Meta, Node, Tree};
+
+const NONE: u32 = u32::MAX;
+
+impl Tree {
+    /// The root folder of every tree.
+    pub const ROOT: DirId = DirId(0);
+
+    /// A tree that is an empty root folder.
+    pub fn new(meta: Meta) -> Tree {
+        Tree {
+            dirs: vec![Dir {
+                meta,
+                entries: Vec::new(),
+            }],
+            leaves: Vec::new(),
+        }
+    }
+
+    /// Adds an empty folder to `parent`. Names may come in any order: [`Tree::finish`] sorts and checks them.
+    ///
+    /// Fails if there are 2^32-1 folders already, or `parent` does not exist.
+    pub fn add_dir(&mut self, parent: DirId, name: impl Into<Box<[u8]>>, meta: Meta) -> Result<DirId, InvalidTree> {
+        let name = name.into();
+        let id = DirId(next(self.dirs.len(), &name)?);
+        self.add_entry(parent, name, Node::Dir(id))?;
+        self.dirs.push(Dir {
+            meta,
+            entries: Vec::new(),
+        });
+        Ok(id)
+    }
+
+    /// Adds a leaf to `parent`. Fails as [`Tree::add_dir`] does.
+    pub fn add_leaf(&mut self, parent: DirId, name: impl Into<Box<[u8]>>, leaf: Leaf) -> Result<LeafId, InvalidTree> {
+        let name = name.into();
+        let id = LeafId(next(self.leaves.len(), &name)?);
+        self.add_entry(parent, name, Node::Leaf(id))?;
+        self.leaves.push(leaf);
+        Ok(id)
+    }
+
+    /// Gives a leaf of this tree a further name (a hard link). Fails if `parent` or `leaf` does not exist.
+    pub fn add_link(&mut self, parent: DirId, name: impl Into<Box<[u8]>>, leaf: LeafId) -> Result<(), InvalidTree> {
+        let name = name.into();
+        if leaf.0 as usize >= self.leaves.len() {
+            return Err(InvalidTree::new(name, "a further name for a leaf that does not exist"));
+        }
+        self.add_entry(parent, name, Node::Leaf(leaf))
+    }
+
+    fn add_entry(&mut self, parent: DirId, name: Box<[u8]>, node: Node) -> Result<(), InvalidTree> {
+        match self.dirs.get_mut(parent.0 as usize) {
+            Some(dir) => {
+                dir.entries.push(Entry { name, node });
+                Ok(())
+            }
+            None => Err(InvalidTree::new(name, "an entry for a folder that does not exist")),
+        }
+    }
+
+    /// Sorts names and extended attributes, leaves out what no name reaches, numbers folders and leaves in the order
+    /// of the manifest, and checks the whole tree. Two finished trees are equal (`==`) exactly if their manifests are.
+    pub fn finish(mut self) -> Result<Tree, InvalidTree> {
+        for dir in &mut self.dirs {
+            dir.entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
+            dir.meta.xattrs.sort_unstable();
+        }
+        for leaf in &mut self.leaves {
+            leaf.meta.xattrs.sort_unstable();
+        }
+        // Finds cycles too, which the renumbering below would not survive.
+        self.digest()?;
+        Ok(self.renumbered())
+    }
+
+    /// The tree with its arenas in pre-order. Only for a tree that has been checked.
+    fn renumbered(mut self) -> Tree {
+        let mut tree = Tree {
+            dirs: Vec::with_capacity(self.dirs.len()),
+            leaves: Vec::with_capacity(self.leaves.len()),
+        };
+        let mut leaf_ids = vec![NONE; self.leaves.len()];
+        let mut leaves: Vec<Option<Leaf>> = std::mem::take(&mut self.leaves).into_iter().map(Some).collect();
+        // (new number of the folder, entry to look at next)
+        let mut stack: Vec<(u32, usize)> = Vec::new();
+        if let Some(root) = self.dirs.first_mut() {
+            tree.dirs.push(take(root));
+            stack.push((0, 0));
+        }
+        while let Some((dir, index)) = stack.last_mut() {
+            let (dir, at) = (*dir as usize, *index);
+            *index += 1;
+            let Some(node) = tree.dirs[dir].entries.get(at).map(|entry| entry.node) else {
+                stack.pop();
+                continue;
+            };
+            let renamed = match node {
+                Node::Dir(old) => {
+                    let new = tree.dirs.len() as u32;
+                    let moved = take(&mut self.dirs[old.0 as usize]);
+                    tree.dirs.push(moved);
+                    stack.push((new, 0));
+                    Node::Dir(DirId(new))
+                }
+                Node::Leaf(old) => {
+                    let old = old.0 as usize;
+                    if let Some(leaf) = leaves[old].take() {
+                        leaf_ids[old] = tree.leaves.len() as u32;
+                        tree.leaves.push(leaf);
+                    }
+                    Node::Leaf(LeafId(leaf_ids[old]))
+                }
+            };
+            tree.dirs[dir].entries[at].node = renamed;
+        }
+        tree
+    }
+}
+
+fn take(dir: &mut Dir) -> Dir {
+    Dir {
+        meta: std::mem::take(&mut dir.meta),
+        entries: std::mem::take(&mut dir.entries),
+    }
+}
+
+fn next(count: usize, name: &[u8]) -> Result<u32, InvalidTree> {
+    match u32::try_from(count) {
+        Ok(id) if id != NONE => Ok(id),
+        _ => Err(InvalidTree::new(name, "the tree has 2^32-1 folders or leaves already")),
+    }
+}
