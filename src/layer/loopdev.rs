@@ -1,0 +1,179 @@
+//! Loop devices and the resizing of ext4: the ioctls that no safe binding exists for. The only `unsafe` code of this
+//! module's parent.
+//!
+//! A device is configured with `LO_FLAGS_AUTOCLEAR`: it detaches itself when its last user closes it, so that a
+//! process that is killed between attaching and mounting leaves nothing behind.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::io::Errno;
+
+// linux/loop.h and linux/ext4.h of the kernel's user API.
+const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
+const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
+const LO_FLAGS_AUTOCLEAR: u32 = 4;
+const LO_FLAGS_DIRECT_IO: u32 = 16;
+/// `_IOW('f', 16, __u64)`
+const EXT4_IOC_RESIZE_FS: libc::c_ulong = 0x4008_6610;
+const LOOP_MAJOR: u32 = 7;
+
+#[repr(C)]
+struct LoopInfo64 {
+    device: u64,
+    inode: u64,
+    rdevice: u64,
+    offset: u64,
+    sizelimit: u64,
+    number: u32,
+    encrypt_type: u32,
+    encrypt_key_size: u32,
+    flags: u32,
+    file_name: [u8; 64],
+    crypt_name: [u8; 64],
+    encrypt_key: [u8; 32],
+    init: [u64; 2],
+}
+
+#[repr(C)]
+struct LoopConfig {
+    fd: u32,
+    block_size: u32,
+    info: LoopInfo64,
+    reserved: [u64; 8],
+}
+
+/// A loop device that is attached as long as this value or a mount keeps it open.
+#[derive(Debug)]
+pub struct LoopDevice {
+    pub path: PathBuf,
+    // Held for its effect: the device detaches when the last opener is gone.
+    _device: File,
+}
+
+/// Attaches `image` (open for reading and writing) to a free loop device; `name` is what `losetup` shows.
+///
+/// Direct I/O is asked for, so that a page is not cached twice, and done without where the file system below cannot.
+pub fn attach(image: &File, name: &Path) -> io::Result<LoopDevice> {
+    let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
+    // Another process may take the free device first; each round asks for another one.
+    let mut last = io::Error::from(Errno::BUSY);
+    for _ in 0..64 {
+        let index = ioctl(&control, LOOP_CTL_GET_FREE, 0)?;
+        let path = PathBuf::from(format!("/dev/loop{index}"));
+        let device = open_device(&path, index as u32)?;
+        match configure(&device, image, name, LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO) {
+            Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
+                match configure(&device, image, name, LO_FLAGS_AUTOCLEAR) {
+                    Ok(()) => return Ok(LoopDevice { path, _device: device }),
+                    Err(e) => last = e,
+                }
+            }
+            Ok(()) => return Ok(LoopDevice { path, _device: device }),
+            Err(e) => last = e,
+        }
+        if last.raw_os_error() != Some(Errno::BUSY.raw_os_error()) {
+            break;
+        }
+    }
+    Err(last)
+}
+
+/// Tells a loop device that the file behind it has another size now.
+pub fn set_capacity(device: &File) -> io::Result<()> {
+    ioctl(device, LOOP_SET_CAPACITY, 0).map(drop)
+}
+
+/// Grows the mounted ext4 that `folder` (open for reading) lies in to `blocks` blocks of its own block size.
+pub fn resize_ext4(folder: &File, blocks: u64) -> io::Result<()> {
+    // SAFETY: the ioctl reads one u64 through the pointer, which is valid for the whole call.
+    let result = unsafe { libc::ioctl(folder.as_raw_fd(), EXT4_IOC_RESIZE_FS, &raw const blocks) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+/// In a container `/dev` may lack nodes of devices that were made after it started.
+fn open_device(path: &Path, index: u32) -> io::Result<File> {
+    let open = || OpenOptions::new().read(true).write(true).open(path);
+    match open() {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {
+            let mode = Mode::from_raw_mode(0o600);
+            match mknodat(
+                CWD,
+                path,
+                FileType::BlockDevice,
+                mode,
+                rustix::fs::makedev(LOOP_MAJOR, index),
+            ) {
+                Ok(()) | Err(Errno::EXIST) => open(),
+                Err(e) => Err(e.into()),
+            }
+        }
+        other => other,
+    }
+}
+
+fn configure(device: &File, image: &File, name: &Path, flags: u32) -> io::Result<()> {
+    let mut file_name = [0; 64];
+    let bytes = name.as_os_str().as_bytes();
+    // The end of a path says more than its start; the last byte stays NUL.
+    let tail = &bytes[bytes.len().saturating_sub(file_name.len() - 1)..];
+    file_name[..tail.len()].copy_from_slice(tail);
+    let config = LoopConfig {
+        fd: image.as_raw_fd() as u32,
+        block_size: 0,
+        info: LoopInfo64 {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            sizelimit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags,
+            file_name,
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        },
+        reserved: [0; 8],
+    };
+    // SAFETY: the ioctl reads a `struct loop_config` through the pointer; `LoopConfig` has its layout and lives for the
+    // whole call.
+    let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+fn ioctl(file: &File, request: libc::c_ulong, argument: libc::c_ulong) -> io::Result<i32> {
+    // SAFETY: the requests of this module that go through here take a plain number and touch no memory of ours.
+    let result = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_structures_have_the_sizes_of_the_kernels() {
+        assert_eq!(size_of::<LoopInfo64>(), 232);
+        assert_eq!(size_of::<LoopConfig>(), 304);
+    }
+}

@@ -1,0 +1,174 @@
+//! The lower layer of a writable one: a tree as ordinary files, copied once and shared by every layer of that tree.
+//!
+//! It is a cache in the store's folder of images. It is made under another name and renamed when it is whole and
+//! durable; the store's garbage collection removes it when nothing holds the tree.
+
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid};
+use rustix::io::Errno;
+
+use super::Error;
+use super::error::IoContext;
+use super::mount::open_folder;
+use super::record::sync_folder;
+use crate::store::tree::{LeafKind, Node, Tree};
+use crate::store::{Store, TreeDigest};
+
+const PRIVATE: &[u8] = b"trusted.overlay.";
+const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
+
+/// The folder of a tree's copy, with every entry owned by `ids` where given.
+pub(super) fn path(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> PathBuf {
+    let variant = ids.map(|(uid, gid)| format!("-u{uid}-g{gid}")).unwrap_or_default();
+    store.images_dir().join(format!("{}{variant}.tree", tree.hex()))
+}
+
+/// Opens the copy of a tree, making it first where it is missing. The caller holds the tree, and is the only one who
+/// makes this copy.
+pub(super) fn ensure(store: &Store, digest: &TreeDigest, ids: Option<(u32, u32)>) -> Result<OwnedFd, Error> {
+    let path = path(store, digest, ids);
+    if let Some(folder) = existing(&path)? {
+        return Ok(folder);
+    }
+    let mut tree = store.load(digest)?;
+    refuse_whiteouts(&tree, digest)?;
+    escape(&mut tree);
+    let scratch = store.scratch()?;
+    let temporary = scratch.path().join("tree");
+    fs::create_dir(&temporary).context("create", &temporary)?;
+    // Opened before the first write: a descriptor that is opened later does not hear of an earlier write error.
+    let folder = open_for_sync(&temporary)?;
+    store.export(&tree, &temporary, ids)?;
+    rustix::fs::syncfs(&folder).context("sync", &temporary)?;
+    fs::rename(&temporary, &path).context("rename to", &path)?;
+    sync_folder(&store.images_dir())?;
+    open_folder(&path)
+}
+
+/// Gives `upper` the owner, mode, extended attributes and modification time of `lower`, so that the root of the merged
+/// view equals the root of the tree.
+pub(super) fn copy_root(lower: &Path, upper: &Path) -> Result<(), Error> {
+    let from = fs::File::open(lower).context("open", lower)?;
+    let to = fs::File::open(upper).context("open", upper)?;
+    let stat = rustix::fs::fstat(&from).context("stat", lower)?;
+    rustix::fs::fchown(&to, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))
+        .context("change the owner of", upper)?;
+    rustix::fs::fchmod(&to, Mode::from_raw_mode(stat.st_mode & 0o7777)).context("change the mode of", upper)?;
+    copy_xattrs(from.as_fd(), to.as_fd(), lower, upper)?;
+    let mtime = Timespec {
+        tv_sec: stat.st_mtime,
+        tv_nsec: stat.st_mtime_nsec as _,
+    };
+    rustix::fs::futimens(
+        &to,
+        &Timestamps {
+            last_access: mtime,
+            last_modification: mtime,
+        },
+    )
+    .context("set the times of", upper)
+}
+
+fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>, lower: &Path, upper: &Path) -> Result<(), Error> {
+    // The kernel's limits on a list of names and on a value (xattr(7)).
+    let mut names = vec![0; 65536];
+    let mut value = vec![0; 65536];
+    let length = match rustix::fs::flistxattr(from, &mut names[..]) {
+        Ok(length) => length,
+        Err(Errno::NOTSUP) => 0,
+        Err(e) => return Err(Error::io("list the attributes of", lower, e.into())),
+    };
+    for name in names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
+        if name == b"security.selinux" {
+            continue;
+        }
+        let length = rustix::fs::fgetxattr(from, name, &mut value[..]).context("read an attribute of", lower)?;
+        rustix::fs::fsetxattr(to, name, &value[..length], rustix::fs::XattrFlags::empty())
+            .context("set an attribute of", upper)?;
+    }
+    Ok(())
+}
+
+/// Gives every entry the owner that a layer with `ids` shows.
+pub(crate) fn own(tree: &mut Tree, ids: (u32, u32)) {
+    let metas = tree
+        .dirs
+        .iter_mut()
+        .map(|d| &mut d.meta)
+        .chain(tree.leaves.iter_mut().map(|l| &mut l.meta));
+    for meta in metas {
+        (meta.uid, meta.gid) = ids;
+    }
+}
+
+/// Escapes the attributes that overlayfs would take for its own (kernel 6.7 and later show them unescaped through the
+/// mount; "Nesting overlayfs mounts" in the kernel's overlayfs document).
+fn escape(tree: &mut Tree) {
+    let metas = tree
+        .dirs
+        .iter_mut()
+        .map(|d| &mut d.meta)
+        .chain(tree.leaves.iter_mut().map(|l| &mut l.meta));
+    for meta in metas {
+        let mut changed = false;
+        for (name, _) in &mut meta.xattrs {
+            if let Some(rest) = name.strip_prefix(PRIVATE) {
+                *name = [ESCAPED, rest].concat().into();
+                changed = true;
+            }
+        }
+        if changed {
+            meta.xattrs.sort();
+        }
+    }
+}
+
+/// The name that a user gave an attribute which overlayfs keeps in escaped form; `None` for overlayfs's own ones.
+pub(crate) fn unescape(name: &[u8]) -> Option<Vec<u8>> {
+    match name.strip_prefix(ESCAPED) {
+        Some(rest) => Some([PRIVATE, rest].concat()),
+        None if name.starts_with(PRIVATE) => None,
+        None => Some(name.to_vec()),
+    }
+}
+
+/// Character device 0/0 in a lower layer hides the name that it has: the tree would not be shown as it is.
+fn refuse_whiteouts(tree: &Tree, digest: &TreeDigest) -> Result<(), Error> {
+    let whiteout = |node: &Node| match node {
+        Node::Leaf(leaf) => {
+            matches!(
+                tree.leaves[leaf.0 as usize].kind,
+                LeafKind::CharDevice { major: 0, minor: 0 }
+            )
+        }
+        Node::Dir(_) => false,
+    };
+    for dir in &tree.dirs {
+        if let Some(entry) = dir.entries.iter().find(|e| whiteout(&e.node)) {
+            return Err(Error::Unmountable {
+                tree: *digest,
+                path: std::ffi::OsStr::from_bytes(&entry.name).into(),
+                reason: "character device 0/0 means a deleted file to overlayfs",
+            });
+        }
+    }
+    Ok(())
+}
+
+fn existing(path: &Path) -> Result<Option<OwnedFd>, Error> {
+    match open_folder(path) {
+        Ok(folder) => Ok(Some(folder)),
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
+}
+
+fn open_for_sync(path: &Path) -> Result<OwnedFd, Error> {
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty()).context("open", path)
+}

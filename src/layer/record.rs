@@ -1,0 +1,267 @@
+//! `layer.json`: what a layer is, written before anything else of it is made and removed after everything else is gone.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::Path;
+use std::str::FromStr;
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+use super::Error;
+use super::error::IoContext;
+use crate::store::TreeDigest;
+
+/// Version of `layer.json`. A file with another one is not read.
+const VERSION: u32 = 1;
+pub(super) const FILE_NAME: &str = "layer.json";
+pub(super) const TEMPORARY_NAME: &str = "layer.json.tmp";
+
+/// A layer's identity: the UID of its object, a UUID in lower case. Safe as a file name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LayerId(String);
+
+impl LayerId {
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for LayerId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for LayerId {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let valid = text.len() == 36
+            && text.bytes().enumerate().all(|(at, b)| match at {
+                8 | 13 | 18 | 23 => b == b'-',
+                _ => b.is_ascii_digit() || (b'a'..=b'f').contains(&b),
+            });
+        if valid {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(Error::InvalidId(text.chars().take(100).collect()))
+        }
+    }
+}
+
+impl Serialize for LayerId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.0)
+    }
+}
+
+impl<'de> Deserialize<'de> for LayerId {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        String::deserialize(deserializer)?
+            .parse()
+            .map_err(serde::de::Error::custom)
+    }
+}
+
+/// The object that a layer belongs to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerOwner {
+    pub namespace: String,
+    pub name: String,
+}
+
+impl fmt::Display for LayerOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.namespace, self.name)
+    }
+}
+
+/// Where a layer's changes are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Mode {
+    /// On the disk: they survive a restart of the node.
+    Overlay,
+    /// In memory: a restart of the node empties the layer.
+    Tmpfs,
+}
+
+/// What a layer no longer has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Lost {
+    /// The layer was in memory, and the memory went with a restart of the node (or somebody unmounted it): it came
+    /// back empty.
+    Reboot,
+}
+
+/// How far a layer's life is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stage {
+    /// Nothing was ever mounted: whatever lies in its folder can be made again.
+    Making,
+    /// Made; its data counts.
+    Made,
+    /// Given up; what is left of it is being removed.
+    Releasing,
+}
+
+/// A layer as `layer.json` keeps it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct LayerRecord {
+    version: u32,
+    pub id: LayerId,
+    pub owner: LayerOwner,
+    pub tree: TreeDigest,
+    pub mode: Mode,
+    /// The limit in bytes; `None`: none but the disk's, or for a tmpfs the memory's.
+    pub size: Option<u64>,
+    /// The uid and gid that every entry of the tree has in this layer.
+    pub ids: Option<(u32, u32)>,
+    /// The store that the layer was made in.
+    pub store_id: String,
+    pub stage: Stage,
+    /// What the layer lost since it was made; stays for its whole life.
+    pub lost: Option<Lost>,
+}
+
+impl LayerRecord {
+    pub(super) fn new(spec: &super::LayerSpec, size: Option<u64>, store_id: &str) -> Self {
+        Self {
+            version: VERSION,
+            id: spec.id.clone(),
+            owner: spec.owner.clone(),
+            tree: spec.tree,
+            mode: spec.mode,
+            size,
+            ids: spec.ids,
+            store_id: store_id.to_owned(),
+            stage: Stage::Making,
+            lost: None,
+        }
+    }
+
+    /// Reads the record in a layer's folder; `None` if there is none.
+    pub(super) fn read(folder: &Path, id: &LayerId) -> Result<Option<Self>, Error> {
+        let path = folder.join(FILE_NAME);
+        let invalid = |message: String| Error::Record {
+            path: path.clone(),
+            message,
+        };
+        let text = match fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Error::io("read", &path, e)),
+        };
+        // The version first: a later one may have other fields.
+        #[derive(Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        let version: Version = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+        if version.version != VERSION {
+            return Err(invalid(format!("version {} is not known", version.version)));
+        }
+        let record: Self = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+        if record.id != *id {
+            return Err(invalid(format!("it is the record of another layer, {}", record.id)));
+        }
+        Ok(Some(record))
+    }
+
+    /// Writes the record so that after a crash either the old or the new one is there, whole.
+    pub(super) fn write(&self, folder: &Path) -> Result<(), Error> {
+        let path = folder.join(FILE_NAME);
+        let temporary = folder.join(TEMPORARY_NAME);
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::Record {
+            path: path.clone(),
+            message: e.to_string(),
+        })?;
+        text.push(b'\n');
+        File::create(&temporary)
+            .and_then(|mut file| {
+                file.write_all(&text)?;
+                file.sync_all()
+            })
+            .context("write", &temporary)?;
+        fs::rename(&temporary, &path).context("rename to", &path)?;
+        sync_folder(folder)
+    }
+}
+
+/// Makes the names in a folder durable.
+pub(super) fn sync_folder(folder: &Path) -> Result<(), Error> {
+    File::open(folder).and_then(|f| f.sync_all()).context("sync", folder)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UID: &str = "0f8fad5b-d9cb-469f-a165-70867728950e";
+
+    fn record() -> LayerRecord {
+        LayerRecord {
+            version: VERSION,
+            id: UID.parse().unwrap(),
+            owner: LayerOwner {
+                namespace: "default".into(),
+                name: "work".into(),
+            },
+            tree: TreeDigest::from_bytes([7; 32]),
+            mode: Mode::Overlay,
+            size: Some(1 << 30),
+            ids: Some((1000, 1001)),
+            store_id: "a".into(),
+            stage: Stage::Made,
+            lost: None,
+        }
+    }
+
+    #[test]
+    fn only_a_lower_case_uuid_is_an_id() {
+        assert_eq!(UID.parse::<LayerId>().unwrap().as_str(), UID);
+        for bad in [
+            "",
+            "..",
+            "../../etc/passwd/aaaaaaaaaaaaaaaaaaaaa",
+            &UID.to_uppercase(),
+            &UID[1..],
+            &UID.replace('-', "a"),
+        ] {
+            assert!(bad.parse::<LayerId>().is_err(), "{bad:?} was taken");
+        }
+    }
+
+    #[test]
+    fn a_record_survives_the_disk() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(LayerRecord::read(folder.path(), &record().id).unwrap(), None);
+        record().write(folder.path()).unwrap();
+        assert_eq!(LayerRecord::read(folder.path(), &record().id).unwrap(), Some(record()));
+        let names: Vec<_> = fs::read_dir(folder.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert_eq!(names, ["layer.json"]);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_understood_is_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(FILE_NAME);
+        let mut other = serde_json::to_value(record()).unwrap();
+        other["id"] = "00000000-0000-0000-0000-000000000000".into();
+        let mut later = serde_json::to_value(record()).unwrap();
+        later["version"] = 2.into();
+        for (text, says) in [
+            (String::new(), "EOF"),
+            ("{}".into(), "version"),
+            (later.to_string(), "version 2"),
+            (other.to_string(), "another layer"),
+        ] {
+            fs::write(&path, text).unwrap();
+            let error = LayerRecord::read(folder.path(), &record().id).unwrap_err().to_string();
+            assert!(error.contains(says) && error.contains("layer.json"), "{error}");
+        }
+    }
+}
