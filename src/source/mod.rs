@@ -1,1 +1,24 @@
-//! Where a tree comes from.
+//! Where a tree comes from: a folder of the node ([`scan`]), or what was changed in a layer ([`snapshot`]).
+//!
+//! What this module promises:
+//! - a namespace reads only below the roots that name it, and nothing outside the folder that it named: no symlink is
+//!   followed, no mount entered (`roots.rs`);
+//! - the tree is whole, or there is no tree: what cannot be read fails the reading, named and counted, and is never an
+//!   empty or shortened entry (`read.rs`);
+//! - a file's metadata and content belong together: both were the same before and after reading (`leaf.rs`);
+//! - FIFOs, sockets and devices are recorded and never opened.
+
+mod directory;
+mod error;
+mod leaf;
+mod read;
+mod roots;
+mod snapshot;
+#[cfg(test)]
+mod tests;
+mod xattrs;
+
+pub use directory::{ScanOptions, scan};
+pub use error::{Error, Failure, FailureKind};
+pub use roots::{Roots, SourceDir, SourceRoot};
+pub use snapshot::snapshot;

@@ -1,0 +1,88 @@
+//! A folder of the node as a tree.
+
+use std::ffi::{CString, OsStr};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+
+use super::error::{Error, FailureKind};
+use super::read::{Reading, Rules, read};
+use super::roots::SourceDir;
+use super::xattrs::Xattrs;
+use crate::store::tree::{DirId, Tree};
+use crate::store::{self, Build};
+
+/// What of a folder is read.
+#[derive(Debug, Clone, Default)]
+pub struct ScanOptions {
+    /// Globs of paths, relative to the folder, that are left out: `*` stays within a name, `**` goes over folders. A
+    /// folder that matches is left out whole.
+    pub exclude: Vec<String>,
+}
+
+/// Reads a folder into a tree, and its contents into a build.
+///
+/// Everything is kept as it is, or the reading fails and names what could not be read. Blocks; ends soon after `cancel`
+/// is set.
+///
+/// # Errors
+/// [`Error::Unreadable`] or [`Error::Changed`] with the first entries concerned and their number, [`Error::InvalidGlob`],
+/// [`Error::Cancelled`], [`Error::Store`].
+pub fn scan(dir: &SourceDir, options: &ScanOptions, build: &Build, cancel: &AtomicBool) -> Result<Tree, Error> {
+    let exclude = globs(&options.exclude)?;
+    let reading = Reading {
+        build,
+        cancel,
+        store: Some(dir.store),
+    };
+    read(&dir.folder, || Plain { exclude: &exclude }, &reading)
+}
+
+fn globs(texts: &[String]) -> Result<GlobSet, Error> {
+    let mut set = GlobSetBuilder::new();
+    let invalid = |text: &str, error: globset::Error| Error::InvalidGlob {
+        glob: text.to_owned(),
+        reason: error.kind().to_string(),
+    };
+    for text in texts {
+        let glob = GlobBuilder::new(text)
+            .literal_separator(true)
+            .build()
+            .map_err(|error| invalid(text, error))?;
+        set.add(glob);
+    }
+    set.build().map_err(|error| invalid("all together", error))
+}
+
+struct Plain<'a> {
+    exclude: &'a GlobSet,
+}
+
+impl Rules for Plain<'_> {
+    fn excludes(&self, path: &[u8]) -> bool {
+        !self.exclude.is_empty() && self.exclude.is_match(Path::new(OsStr::from_bytes(path)))
+    }
+
+    fn has_whiteouts(&self) -> bool {
+        false
+    }
+
+    /// In a plain folder the attributes of an overlay are somebody's data.
+    fn take_marks(&self, _: &mut Xattrs) -> Result<bool, FailureKind> {
+        Ok(false)
+    }
+
+    fn below_root(&self) -> Option<DirId> {
+        None
+    }
+
+    fn below(&self, _: DirId, _: &[u8]) -> Option<DirId> {
+        None
+    }
+
+    fn merge(&mut self, _: &mut Tree, _: DirId, _: DirId, _: &[CString]) -> Result<(), store::Error> {
+        Ok(())
+    }
+}

@@ -1,0 +1,167 @@
+//! Reading one entry that is not a folder, so that its metadata and its content belong together.
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
+
+use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, readlinkat, statat};
+use rustix::io::Errno;
+
+use super::xattrs::{Buffers, Xattrs};
+use crate::layer::descent::open_beneath;
+use crate::store::tree::{Leaf, LeafKind, Meta};
+use crate::store::{self, Build};
+
+/// How often an entry that changes while it is read is read again, and the first pause before that.
+const TRIES: u32 = 4;
+const PAUSE: Duration = Duration::from_millis(5);
+
+/// Why an entry could not be read.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    Errno(Errno),
+    /// It changed while it was read.
+    Changed,
+    /// It is no longer what the walk saw: its folder must be read again.
+    Replaced,
+    /// Nothing of the tree can be stored.
+    Store(store::Error),
+}
+
+impl From<Errno> for Trouble {
+    fn from(errno: Errno) -> Self {
+        match errno {
+            Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE => Trouble::Replaced,
+            Errno::NODATA => Trouble::Changed,
+            errno => Trouble::Errno(errno),
+        }
+    }
+}
+
+/// Reads the entry that had the status `seen` when the walk came by, and stores its content.
+pub(super) fn read(
+    folder: &OwnedFd,
+    name: &CStr,
+    seen: &Stat,
+    build: &Build,
+    buffers: &mut Buffers,
+) -> Result<Leaf, Trouble> {
+    let mut before = *seen;
+    let mut tried = 1;
+    loop {
+        match read_once(folder, name, &before, build, buffers) {
+            Err(Trouble::Changed) if tried < TRIES => {
+                thread::sleep(PAUSE * (1 << tried));
+                tried += 1;
+                before = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+                // Another inode under the name is as good, unless the walk took the names of this one together.
+                let linked = seen.st_nlink > 1 || before.st_nlink > 1;
+                let replaced = (before.st_dev, before.st_ino) != (seen.st_dev, seen.st_ino);
+                if file_type(&before) != file_type(seen) || (linked && replaced) {
+                    return Err(Trouble::Replaced);
+                }
+            }
+            other => return other,
+        }
+    }
+}
+
+fn read_once(
+    folder: &OwnedFd,
+    name: &CStr,
+    before: &Stat,
+    build: &Build,
+    buffers: &mut Buffers,
+) -> Result<Leaf, Trouble> {
+    let kind = match file_type(before) {
+        FileType::RegularFile => return read_file(folder, name, before, build, buffers),
+        FileType::Symlink => LeafKind::Symlink(readlinkat(folder, name, Vec::new())?.into_bytes().into()),
+        FileType::CharacterDevice => {
+            let (major, minor) = device(before);
+            LeafKind::CharDevice { major, minor }
+        }
+        FileType::BlockDevice => {
+            let (major, minor) = device(before);
+            LeafKind::BlockDevice { major, minor }
+        }
+        FileType::Fifo => LeafKind::Fifo,
+        FileType::Socket => LeafKind::Socket,
+        // A type that did not exist when this was written.
+        _ => return Err(Trouble::Errno(Errno::NOTSUP)),
+    };
+    let xattrs = buffers.at(folder, name)?;
+    if !same(before, &statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?) {
+        return Err(Trouble::Changed);
+    }
+    Ok(Leaf {
+        meta: meta(before, xattrs),
+        kind,
+    })
+}
+
+fn read_file(
+    folder: &OwnedFd,
+    name: &CStr,
+    before: &Stat,
+    build: &Build,
+    buffers: &mut Buffers,
+) -> Result<Leaf, Trouble> {
+    // The type was looked at before, and should it have changed since, `O_NONBLOCK` keeps a FIFO from blocking.
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let file = File::from(open_beneath(folder, name, flags)?);
+    if !same(before, &fstat(&file)?) {
+        return Err(Trouble::Changed);
+    }
+    let xattrs = buffers.of(&file)?;
+    let blob = build.put_file(&file).map_err(|error| match error {
+        store::Error::Source(e) => match Errno::from_io_error(&e) {
+            Some(errno) => Trouble::from(errno),
+            None => Trouble::Errno(Errno::IO),
+        },
+        other => Trouble::Store(other),
+    })?;
+    if !same(before, &fstat(&file)?) || i64::try_from(blob.size) != Ok(before.st_size) {
+        return Err(Trouble::Changed);
+    }
+    Ok(Leaf {
+        meta: meta(before, xattrs),
+        kind: LeafKind::File {
+            digest: blob.digest,
+            size: blob.size,
+        },
+    })
+}
+
+/// Equal in everything but the time of the last access.
+pub(super) fn same(a: &Stat, b: &Stat) -> bool {
+    let key = |s: &Stat| {
+        (
+            (
+                s.st_dev, s.st_ino, s.st_mode, s.st_nlink, s.st_uid, s.st_gid, s.st_rdev, s.st_size,
+            ),
+            (s.st_mtime, s.st_mtime_nsec, s.st_ctime, s.st_ctime_nsec),
+        )
+    };
+    key(a) == key(b)
+}
+
+pub(super) fn file_type(stat: &Stat) -> FileType {
+    FileType::from_raw_mode(stat.st_mode)
+}
+
+/// Major and minor number of a device.
+pub(super) fn device(stat: &Stat) -> (u32, u32) {
+    (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
+}
+
+pub(super) fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
+    Meta {
+        mode: (stat.st_mode & 0o7777) as u16,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
+        xattrs,
+    }
+}

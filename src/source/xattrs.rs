@@ -1,0 +1,73 @@
+//! Extended attributes of anything, without opening what must not be opened.
+
+use std::ffi::CStr;
+use std::os::fd::{AsFd, AsRawFd};
+
+use rustix::fs::{fgetxattr, flistxattr, lgetxattr, llistxattr};
+use rustix::io::Errno;
+
+/// The kernel's limit for a list of names and for a value (xattr(7)).
+const LIMIT: usize = 65536;
+
+/// SELinux labels belong to the node's policy, not to the tree.
+const NOT_KEPT: &[u8] = b"security.selinux";
+
+pub(super) type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+
+/// Buffers to read attributes into, for one thread.
+pub(super) struct Buffers {
+    names: Vec<u8>,
+    value: Vec<u8>,
+}
+
+impl Buffers {
+    pub fn new() -> Self {
+        Self {
+            names: vec![0; LIMIT],
+            value: vec![0; LIMIT],
+        }
+    }
+
+    /// The attributes of an open file or folder, sorted by name. `ENODATA` if they changed meanwhile.
+    pub fn of(&mut self, file: impl AsFd) -> Result<Xattrs, Errno> {
+        let file = file.as_fd();
+        self.read(
+            |names| flistxattr(file, names),
+            |name, value| fgetxattr(file, name, value),
+        )
+    }
+
+    /// The attributes of a name in an open folder, not following a link, and opening nothing.
+    pub fn at(&mut self, folder: impl AsFd, name: &CStr) -> Result<Xattrs, Errno> {
+        let mut path = format!("/proc/self/fd/{}/", folder.as_fd().as_raw_fd()).into_bytes();
+        path.extend_from_slice(name.to_bytes());
+        let path = &path[..];
+        self.read(
+            |names| llistxattr(path, names),
+            |name, value| lgetxattr(path, name, value),
+        )
+    }
+
+    fn read(
+        &mut self,
+        list: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
+        get: impl Fn(&[u8], &mut [u8]) -> Result<usize, Errno>,
+    ) -> Result<Xattrs, Errno> {
+        let length = match list(&mut self.names) {
+            Ok(length) => length,
+            // The file system has no attributes.
+            Err(Errno::NOTSUP) => 0,
+            Err(e) => return Err(e),
+        };
+        let mut found = Xattrs::new();
+        for name in self.names[..length]
+            .split(|b| *b == 0)
+            .filter(|name| !name.is_empty() && *name != NOT_KEPT)
+        {
+            let length = get(name, &mut self.value)?;
+            found.push((name.into(), self.value[..length].into()));
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+}
