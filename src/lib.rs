@@ -6,11 +6,13 @@
 //! - [`store`]: the node-local content-addressed store. Knows no Kubernetes and no mounts.
 //! - [`layer`]: mounts and writable layers over a tree, and reading back what was changed in one.
 //! - [`source`]: where a tree comes from: a directory, a layer.
+//! - [`agent`]: one per node: what the node should hold, into the store and its layers.
 //! - [`api`]: the custom resources: types, defaults, validation, conditions. No I/O.
 //! - [`cluster`]: talking to the API server: following, writing, events, leases.
 //! - [`controller`]: one per cluster: resources to nodes, and the nodes' answers back.
 //! - [`telemetry`]: logs, health, metrics.
 
+pub mod agent;
 pub mod api;
 pub mod cluster;
 pub mod controller;

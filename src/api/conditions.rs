@@ -238,6 +238,24 @@ mod tests {
     }
 
     #[test]
+    fn every_reason_is_explained() {
+        let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/conditions.md")).unwrap();
+        for reason in reasons::ALL {
+            assert!(
+                text.contains(&format!("| `{reason}` |")),
+                "docs/conditions.md does not explain {reason}"
+            );
+        }
+        for row in text.lines().filter_map(|line| line.strip_prefix("| `")) {
+            let reason = row.split('`').next().unwrap_or_default();
+            assert!(
+                reasons::ALL.contains(&reason),
+                "docs/conditions.md explains {reason}, which is no reason"
+            );
+        }
+    }
+
+    #[test]
     fn reasons_are_camel_case_and_unique() {
         let mut seen = std::collections::BTreeSet::new();
         for reason in reasons::ALL {

@@ -48,14 +48,20 @@ use super::Size;
     validation = Rule::new("has(self.owner) == has(oldSelf.owner) && (!has(self.owner) || self.owner == oldSelf.owner)")
         .message("owner cannot be changed")
         .field_path(".owner"),
+    // A size that breaks the pattern is refused by its own schema; here it must not reach quantity().
     validation = Rule::new(
         "!has(oldSelf.sizeLimit) || (has(self.sizeLimit) && \
-         !quantity(string(self.sizeLimit)).isLessThan(quantity(string(oldSelf.sizeLimit))))"
+         (!string(self.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
+         !string(oldSelf.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
+         !isQuantity(string(self.sizeLimit)) || !isQuantity(string(oldSelf.sizeLimit)) || \
+         !quantity(string(self.sizeLimit)).isLessThan(quantity(string(oldSelf.sizeLimit)))))"
     )
     .message("sizeLimit may only grow")
     .field_path(".sizeLimit"),
     validation = Rule::new(
-        "!has(self.sizeLimit) || !quantity(string(self.sizeLimit)).isLessThan(quantity('4Mi'))"
+        "!has(self.sizeLimit) || \
+         !string(self.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
+         !isQuantity(string(self.sizeLimit)) || !quantity(string(self.sizeLimit)).isLessThan(quantity('4Mi'))"
     )
     .message("sizeLimit must be at least 4Mi")
     .field_path(".sizeLimit")

@@ -64,7 +64,7 @@ pub struct CasManifestSpec {
 
     /// How many earlier trees of this manifest a node keeps as history.
     #[serde(default = "default_history")]
-    #[schemars(range(min = 0, max = 100))]
+    #[schemars(range(min = 0, max = 100), extend("format" = "int32"))]
     pub revision_history_limit: u32,
 
     /// True: no new builds. What is stored stays, and stays usable.

@@ -96,7 +96,7 @@ pub struct PolicyRules {
 
     /// Contents with fewer references from stored manifests than this are candidates.
     #[serde(default = "default_copies")]
-    #[schemars(range(min = 1, max = 1000))]
+    #[schemars(range(min = 1, max = 1000), extend("format" = "int32"))]
     pub min_copies: u32,
 
     /// How long fresh contents stay that nothing refers to yet.
@@ -140,6 +140,24 @@ pub enum InvalidPolicy {
     Size { field: &'static str, source: InvalidSize },
     #[error("spec: {0}")]
     Schedule(#[from] InvalidSchedule),
+}
+
+impl Default for PolicyRules {
+    /// What a policy without any field means.
+    fn default() -> Self {
+        Self {
+            schedule: default_schedule(),
+            time_zone: None,
+            jitter: None,
+            max_age: None,
+            max_size: None,
+            min_free: None,
+            min_copies: default_copies(),
+            grace_period: default_grace(),
+            dry_run: false,
+            suspend: false,
+        }
+    }
 }
 
 impl PolicyRules {

@@ -35,15 +35,21 @@ pub struct InvalidSize {
 }
 
 impl Size {
-    /// The size in bytes, at most 2^63 - 1.
+    /// The size in bytes, less than 2^63 - 1, which is where the API server's arithmetic stops.
     ///
     /// # Errors
     /// When the text is not a quantity as the module describes, is between zero and one byte, or is too large.
     pub fn bytes(&self) -> Result<u64, InvalidSize> {
         let text = match &self.0 {
             Value::String(text) => Cow::Borrowed(text.as_str()),
-            Value::Number(number) => Cow::Owned(number.to_string()),
-            other => return Err(invalid(&other.to_string(), "expected a number or a text such as 10Gi")),
+            // As the API server has it: a number with a fraction is written as a text.
+            Value::Number(number) if !number.is_f64() => Cow::Owned(number.to_string()),
+            other => {
+                return Err(invalid(
+                    &other.to_string(),
+                    "expected a whole number or a text such as 10Gi",
+                ));
+            }
         };
         parse(&text).map_err(|why| invalid(&text, why))
     }
@@ -81,7 +87,7 @@ pub fn parse_size(text: &str) -> Result<u64, InvalidSize> {
 
 fn parse(text: &str) -> Result<u64, &'static str> {
     const FORM: &str = "expected a number with an optional suffix k, M, G, T, P, E, Ki, Mi, Gi, Ti, Pi or Ei";
-    const LARGE: &str = "it is larger than 9223372036854775807 bytes";
+    const LARGE: &str = "it is not less than 9223372036854775807 bytes";
     if text.len() > MAX_LENGTH {
         return Err("it is longer than 32 characters");
     }
@@ -143,19 +149,23 @@ fn parse(text: &str) -> Result<u64, &'static str> {
     }
     u64::try_from(numerator.div_ceil(denominator))
         .ok()
-        .filter(|bytes| i64::try_from(*bytes).is_ok())
+        .filter(|bytes| i64::try_from(*bytes).is_ok_and(|bytes| bytes < i64::MAX))
         .ok_or(LARGE)
 }
 
-/// A CEL rule over `self`: the value is zero or at least one byte, and below 2^63.
-fn rule() -> Value {
-    serde_json::json!([{
-        "rule": "isQuantity(string(self)) && (quantity(string(self)).compareTo(quantity('0')) == 0 || \
-                 quantity(string(self)).compareTo(quantity('1')) >= 0) && \
-                 !quantity(string(self)).isGreaterThan(quantity('9223372036854775807'))",
-        "message": "must be a size of 0 or at least 1 byte and at most 9223372036854775807 bytes, such as 500M or 10Gi \
-                    (m means thousandths; M means millions)"
-    }])
+/// A CEL expression: whether `value` is zero or at least one byte, and below 2^63 - 1 (the API server's own parser turns
+/// everything larger into 2^63 - 1, so that this value may be any of them).
+///
+/// The pattern stands in the expression too, since rules run on values that the schema's pattern refuses, and an
+/// exponent of many digits keeps the API server's quantity parser busy for minutes
+/// (<https://github.com/kubernetes/kubernetes/issues/141166>).
+fn cel_is_size(value: &str) -> String {
+    format!(
+        "string({value}).matches(r'{PATTERN}') && isQuantity(string({value})) && \
+         (quantity(string({value})).compareTo(quantity('0')) == 0 || \
+         quantity(string({value})).compareTo(quantity('1')) >= 0) && \
+         quantity(string({value})).isLessThan(quantity('9223372036854775807'))"
+    )
 }
 
 impl JsonSchema for Size {
@@ -172,7 +182,11 @@ impl JsonSchema for Size {
             "x-kubernetes-int-or-string": true,
             "maxLength": MAX_LENGTH,
             "pattern": PATTERN,
-            "x-kubernetes-validations": rule(),
+            "x-kubernetes-validations": [{
+                "rule": cel_is_size("self"),
+                "message": "must be a size of 0 or at least 1 byte and less than 9223372036854775807 bytes, such as \
+                            500M or 10Gi (m means thousandths; M means millions)"
+            }],
         })
     }
 }
@@ -226,10 +240,7 @@ impl JsonSchema for SizeOrPercent {
             "maxLength": MAX_LENGTH,
             "pattern": format!("^((100|[1-9]?[0-9])%|{size})$"),
             "x-kubernetes-validations": [{
-                "rule": "string(self).endsWith('%') || (isQuantity(string(self)) && \
-                         (quantity(string(self)).compareTo(quantity('0')) == 0 || \
-                         quantity(string(self)).compareTo(quantity('1')) >= 0) && \
-                         !quantity(string(self)).isGreaterThan(quantity('9223372036854775807')))",
+                "rule": format!("string(self).endsWith('%') || ({})", cel_is_size("self")),
                 "message": "must be a percentage from 0% to 100%, or a size such as 500M or 10Gi"
             }],
         })
@@ -289,16 +300,17 @@ pub(crate) mod tests {
         ("7T", 7_000_000_000_000),
         ("3M", 3_000_000),
         ("0.000001M", 1),
-        ("9223372036854775807", i64::MAX as u64),
+        ("9223372036854775806", i64::MAX as u64 - 1),
         ("1.00000000000000000000000000Gi", 1 << 30),
         ("0e99", 0),
     ];
 
-    pub(crate) const BAD: [&str; 25] = [
+    pub(crate) const BAD: [&str; 26] = [
         "",
         "-1",
         "-1Gi",
         "8Ei",
+        "9223372036854775807",
         "9223372036854775808",
         "100E",
         "1e30",

@@ -2,23 +2,42 @@
 
 use std::time::{Duration, Instant};
 
-/// Counts an object's failures and says when to try again: 0.25 s after the first, doubling, at most 30 s; so at most
-/// twelve tries in two minutes.
-#[derive(Debug, Clone, Default)]
+/// Counts an object's failures and says when to try again.
+#[derive(Debug, Clone)]
 pub struct Backoff {
+    first: Duration,
+    longest: Duration,
     failures: u32,
     not_before: Option<Instant>,
 }
 
+impl Default for Backoff {
+    /// For calls to the API server: 0.25 s after the first failure, doubling, at most 30 s; so at most twelve tries in
+    /// two minutes.
+    fn default() -> Self {
+        Self::new(Duration::from_millis(250), Duration::from_secs(30))
+    }
+}
+
 impl Backoff {
-    const FIRST: Duration = Duration::from_millis(250);
-    const LONGEST: Duration = Duration::from_secs(30);
+    /// Waits `first` after the first failure, then doubles, up to `longest`.
+    pub fn new(first: Duration, longest: Duration) -> Self {
+        Self {
+            first,
+            longest,
+            failures: 0,
+            not_before: None,
+        }
+    }
+
+    /// For work that reads whole trees: 1 s after the first failure, at most 5 minutes.
+    pub fn slow() -> Self {
+        Self::new(Duration::from_secs(1), Duration::from_secs(300))
+    }
 
     /// Notes a failure and gives the time before which not to try again.
     pub fn failed(&mut self, now: Instant) -> Instant {
-        let doubled = Self::FIRST
-            .saturating_mul(1 << self.failures.min(16))
-            .min(Self::LONGEST);
+        let doubled = self.first.saturating_mul(1 << self.failures.min(16)).min(self.longest);
         self.failures = self.failures.saturating_add(1);
         // Up to a fifth more, so that what failed together does not come back together.
         let due = now + doubled.mul_f64(1.0 + rand::random::<f64>() / 5.0);
@@ -28,7 +47,7 @@ impl Backoff {
 
     /// Notes a success.
     pub fn succeeded(&mut self) {
-        *self = Self::default();
+        (self.failures, self.not_before) = (0, None);
     }
 
     /// Failures since the last success.

@@ -38,6 +38,11 @@ impl ObjectKey {
         }
     }
 
+    /// The namespace, where there is one.
+    pub fn namespace(&self) -> Option<&str> {
+        (!self.namespace.is_empty()).then_some(self.namespace.as_str())
+    }
+
     /// The key of the object with this metadata.
     pub fn of(metadata: &ObjectMeta) -> Self {
         Self::new(

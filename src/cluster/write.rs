@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{CALL_TIMEOUT, ObjectKey};
-use crate::api::Parsed;
+use crate::api::{MAX_MESSAGE, Parsed, truncate};
 
 /// Why a write did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -21,8 +21,16 @@ pub enum WriteError {
     NotFound,
     #[error("the API server did not answer within {} s", CALL_TIMEOUT.as_secs())]
     Timeout,
-    #[error(transparent)]
+    #[error("{}", refusal(.0))]
     Api(kube::Error),
+}
+
+/// The API server's own words without the structure that kube adds to them, which repeats them.
+fn refusal(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => format!("{} ({})", truncate(&status.message, MAX_MESSAGE), status.code),
+        other => other.to_string(),
+    }
 }
 
 impl From<kube::Error> for WriteError {
@@ -54,13 +62,36 @@ where
     S: Serialize,
 {
     let metadata = json!({"resourceVersion": resource_version});
-    send(
+    let body = json!({"status": status});
+    match send(client, key, manager, metadata.clone(), body.clone(), Some("status")).await {
+        // Server-side apply must understand the whole object, also parts that an older schema let in and that are not
+        // written here. A merge patch leaves them alone.
+        Err(WriteError::Api(kube::Error::Api(refusal))) if matches!(refusal.code, 422 | 500) => {
+            merge_status(client, key, manager, metadata, body).await
+        }
+        result => result,
+    }
+}
+
+async fn merge_status<K>(
+    client: &Client,
+    key: &ObjectKey,
+    manager: &str,
+    metadata: Value,
+    mut body: Value,
+) -> Result<Parsed<K>, WriteError>
+where
+    K: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug,
+{
+    body["metadata"] = metadata;
+    let params = PatchParams {
+        field_manager: Some(manager.to_owned()),
+        ..Default::default()
+    };
+    let request = Request::new(K::url_path(&(), key.namespace()));
+    call(
         client,
-        key,
-        manager,
-        metadata,
-        json!({"status": status}),
-        Some("status"),
+        request.patch_subresource("status", &key.name, &params, &Patch::Merge(body)),
     )
     .await
 }
@@ -126,7 +157,7 @@ async fn send<K>(
 where
     K: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug,
 {
-    let namespace = (!key.namespace.is_empty()).then_some(key.namespace.as_str());
+    let namespace = key.namespace();
     metadata["name"] = key.name.as_str().into();
     if let Some(namespace) = namespace {
         metadata["namespace"] = namespace.into();
@@ -141,6 +172,16 @@ where
         None => request.patch(&key.name, &params, &Patch::Apply(body)),
         Some(name) => request.patch_subresource(name, &key.name, &params, &Patch::Apply(body)),
     };
+    call(client, request).await
+}
+
+async fn call<K>(
+    client: &Client,
+    request: Result<http::Request<Vec<u8>>, kube::core::request::Error>,
+) -> Result<Parsed<K>, WriteError>
+where
+    K: Resource<DynamicType = ()> + DeserializeOwned + Clone + Debug,
+{
     let request = request.map_err(|error| WriteError::Api(kube::Error::BuildRequest(error)))?;
     match tokio::time::timeout(CALL_TIMEOUT, client.request(request)).await {
         Ok(result) => Ok(result?),

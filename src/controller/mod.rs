@@ -1,6 +1,6 @@
 //! One per cluster: custom resources → `NodeStore.spec`, and `NodeStore.status` → the resources' status.
 //!
-//! [`index`] holds what is known, the `plan_*` modules decide, and the shell writes only differences. Nothing is written
+//! `index` holds what is known, the `plan_*` modules decide, and the shell writes only differences. Nothing is written
 //! before everything has been listed once, so that a leader that does not know the cluster yet changes nothing.
 
 mod index;

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 
 use super::index::{Index, ManifestFacts};
 use crate::api::conditions::{Verdict, merge, reasons};
-use crate::api::{CasManifestStatus, Failure, ManifestState, NodeCounts, Phase, human_size};
+use crate::api::{CasManifestStatus, Duration, Failure, ManifestState, NodeCounts, Phase, human_size};
 use crate::cluster::ObjectKey;
 
 const MAX_FAILURES: usize = 10;
@@ -64,7 +64,13 @@ pub fn plan(index: &Index, key: &ObjectKey, now: Timestamp) -> Option<CasManifes
             reason: reasons::INVALID_SPEC,
             message: invalid.to_string(),
         },
-        Ok(_) => verdict(&nodes, &counts, &status),
+        Ok(spec) => match spec.rebuild_interval.as_ref().map(Duration::get) {
+            Some(Err(invalid)) => Verdict::Stalled {
+                reason: reasons::INVALID_SPEC,
+                message: format!("spec.rebuildInterval: {invalid}"),
+            },
+            _ => verdict(&nodes, &counts, &status),
+        },
     };
     status.nodes = Some(counts);
     status.conditions = merge(&old.conditions, verdict.conditions(), manifest.meta.generation, now);
@@ -263,7 +269,7 @@ mod tests {
     /// Lets a node take its plan up and answer with this state of `ns/m`.
     fn answer(index: &mut Index, node: &str, fields: serde_json::Value) {
         let spec = match plan_node::plan(index, node).0 {
-            NodePlan::Write { spec, .. } => spec,
+            NodePlan::Write { spec, .. } => *spec,
             _ => index.stores[node].spec.clone(),
         };
         let mut state = json!({"namespace": "ns", "name": "m", "uid": "uid-m", "observedGeneration": 1, "phase": "Ready",

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use super::index::{Index, ManifestFacts, PolicyFacts, StoreFacts};
 use crate::api::{
-    MAX_NODE_MANIFESTS, MAX_NODE_SPEC_BYTES, NodeStoreSpec, ProjectedManifest, ProjectedPolicy, RetentionPolicySpec,
-    selects,
+    MAX_NODE_MANIFESTS, MAX_NODE_SPEC_BYTES, NodeStoreSpec, PolicyRules, ProjectedManifest, ProjectedPolicy,
+    RetentionPolicySpec, selects,
 };
 use crate::cluster::ObjectKey;
 
@@ -20,7 +20,7 @@ pub enum NodePlan {
     Write {
         uid: Option<String>,
         node_uid: String,
-        spec: NodeStoreSpec,
+        spec: Box<NodeStoreSpec>,
     },
 }
 
@@ -43,25 +43,23 @@ pub fn plan(index: &Index, name: &str) -> (NodePlan, BTreeSet<String>) {
         );
     }
     let (manifests, refused) = manifests(index, name, store);
-    let retention = governing(index, name).map_or_else(
-        || unreadable_policy(index, store),
-        |(name, policy, spec)| {
-            Some(ProjectedPolicy {
-                name: name.clone(),
-                uid: policy.meta.uid.clone(),
-                generation: policy.meta.generation,
-                requested_at: policy.meta.requested_at.clone(),
-                rules: spec.rules.clone(),
-            })
-        },
-    );
+    let retention = match governing(index, name) {
+        Some((name, policy, spec)) => Some(ProjectedPolicy {
+            name: name.clone(),
+            uid: policy.meta.uid.clone(),
+            generation: policy.meta.generation,
+            requested_at: policy.meta.requested_at.clone(),
+            rules: usable(&spec.rules),
+        }),
+        None => unreadable_policy(index, store),
+    };
     let spec = NodeStoreSpec { manifests, retention };
     let plan = match store {
         Some(store) if store.spec == spec && store.owner_uid.is_some() => NodePlan::Keep,
         store => NodePlan::Write {
             uid: store.map(|store| store.meta.uid.clone()),
             node_uid: node.uid.clone(),
-            spec,
+            spec: Box::new(spec),
         },
     };
     (plan, refused)
@@ -103,7 +101,7 @@ fn project(key: &ObjectKey, manifest: &ManifestFacts, store: Option<&StoreFacts>
             generation: manifest.meta.generation,
             requested_at: manifest.meta.requested_at.clone(),
             source: spec.source.clone(),
-            rebuild_interval: spec.rebuild_interval.clone(),
+            rebuild_interval: spec.rebuild_interval.clone().filter(|interval| interval.get().is_ok()),
             revision_history_limit: spec.revision_history_limit,
             suspend: spec.suspend,
         }),
@@ -127,6 +125,18 @@ pub fn governing<'a>(index: &'a Index, node: &str) -> Option<(&'a String, &'a Po
         .min_by_key(|(name, policy, spec)| (std::cmp::Reverse(spec.priority), policy.meta.created, *name))
 }
 
+/// The rules as the node gets them. Rules that cannot be used (an older schema let them in) delete nothing; the API
+/// server would not even take them in the NodeStore, and everything else of the node's would wait for it.
+fn usable(rules: &PolicyRules) -> PolicyRules {
+    match rules.check() {
+        Ok(_) => rules.clone(),
+        Err(_) => PolicyRules {
+            suspend: true,
+            ..PolicyRules::default()
+        },
+    }
+}
+
 /// The policy that the node has stays in force while it exists and cannot be read.
 fn unreadable_policy(index: &Index, store: Option<&StoreFacts>) -> Option<ProjectedPolicy> {
     let current = store?.spec.retention.as_ref()?;
@@ -142,7 +152,7 @@ mod tests {
 
     fn spec_of(index: &Index, node: &str) -> NodeStoreSpec {
         match plan(index, node).0 {
-            NodePlan::Write { spec, .. } => spec,
+            NodePlan::Write { spec, .. } => *spec,
             other => panic!("expected a write, got {other:?}"),
         }
     }
@@ -175,7 +185,7 @@ mod tests {
             panic!()
         };
         assert_eq!(node_uid, "uid-n1");
-        index.store(store("n1", "uid-n1", spec, Default::default()));
+        index.store(store("n1", "uid-n1", *spec, Default::default()));
         assert_eq!(plan(&index, "n1").0, NodePlan::Keep);
     }
 
@@ -266,6 +276,16 @@ mod tests {
         broken.object = Err(invalid());
         index.policy(broken);
         assert_eq!(plan(&index, "n1").0, NodePlan::Keep);
+    }
+
+    #[test]
+    fn a_policy_with_a_rule_that_cannot_be_used_is_in_force_and_deletes_nothing() {
+        let mut index = world();
+        let mut bad = policy("p", 0, 1);
+        bad.object.as_mut().unwrap().spec.rules.max_age = Some("soon".into());
+        index.policy(bad);
+        let rules = spec_of(&index, "n1").retention.unwrap().rules;
+        assert!(rules.suspend && rules.check().is_ok());
     }
 
     #[test]

@@ -207,7 +207,7 @@ mod tests {
 
     fn answer(index: &mut Index, node: &str, fields: serde_json::Value) {
         let spec = match plan_node::plan(index, node).0 {
-            NodePlan::Write { spec, .. } => spec,
+            NodePlan::Write { spec, .. } => *spec,
             _ => index.stores[node].spec.clone(),
         };
         let mut state =

@@ -17,7 +17,7 @@ use super::index::{Index, Key};
 use super::plan_layer::LayerPlan;
 use super::plan_node::NodePlan;
 use super::{MANAGER, plan_layer, plan_manifest, plan_node, plan_policy};
-use crate::api::conditions::{READY, find};
+use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
 use crate::api::{CasManifest, NodeStore, Parsed, RetentionPolicy, WritableLayer};
 use crate::cluster::{
     Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, WriteError, apply_finalizers, apply_object, apply_status,
@@ -62,6 +62,8 @@ struct Turn {
     /// Something changed since the last plan.
     fresh: bool,
     backoff: Backoff,
+    /// Status and reason of the last event.
+    announced: Option<(String, String)>,
     /// When an unimportant change may be written.
     quiet_until: Option<Instant>,
 }
@@ -250,7 +252,7 @@ impl Shell {
                 if !self.may_write(&key, differ(&old.conditions, &status.conditions), now) {
                     return;
                 }
-                self.announce::<CasManifest>(object, &meta.uid, &old.conditions, &status.conditions);
+                self.announce::<CasManifest>(&key, object, &meta.uid, &old.conditions, &status.conditions);
                 let (client, object) = (self.client.clone(), object.clone());
                 self.start(key.clone(), async move {
                     let written =
@@ -275,7 +277,7 @@ impl Shell {
                     return;
                 }
                 let object = ObjectKey::new("", name);
-                self.announce::<RetentionPolicy>(&object, &meta.uid, &old.conditions, &status.conditions);
+                self.announce::<RetentionPolicy>(&key, &object, &meta.uid, &old.conditions, &status.conditions);
                 let client = self.client.clone();
                 self.start(key.clone(), async move {
                     let written =
@@ -293,6 +295,7 @@ impl Shell {
                     LayerPlan::Keep => self.settled(&key),
                     LayerPlan::Say(status) => {
                         self.announce::<WritableLayer>(
+                            &key,
                             object,
                             &meta.uid,
                             &facts.status.conditions.clone(),
@@ -380,20 +383,27 @@ impl Shell {
         }
     }
 
-    /// Says in an event what Ready says, when it says something else than before.
+    /// Says in an event what Ready says, when it says something else than before; once, also when the status itself
+    /// cannot be written.
     fn announce<K: kube::Resource<DynamicType = ()>>(
-        &self,
+        &mut self,
+        turn: &Key,
         key: &ObjectKey,
         uid: &str,
         old: &[Condition],
         new: &[Condition],
     ) {
-        let Some(ready) = find(new, READY) else { return };
-        if find(old, READY).is_some_and(|before| (&before.status, &before.reason) == (&ready.status, &ready.reason)) {
+        let gist = |conditions| find(conditions, READY).map(|ready| (ready.status.clone(), ready.reason.clone()));
+        let (Some(ready), before, said) = (find(new, READY), gist(old), gist(new)) else {
+            return;
+        };
+        let turn = self.turns.entry(turn.clone()).or_default();
+        if said == before || said == turn.announced {
             return;
         }
-        let trouble = crate::api::conditions::is_true(new, crate::api::conditions::STALLED)
-            || (ready.status != "True" && !crate::api::conditions::reasons::EXPECTED.contains(&ready.reason.as_str()));
+        turn.announced = said;
+        let trouble =
+            is_true(new, STALLED) || (ready.status != "True" && !reasons::EXPECTED.contains(&ready.reason.as_str()));
         self.announcer
             .announce::<K>(key, uid, trouble, &ready.reason, &ready.message);
     }

@@ -13,8 +13,9 @@ pub enum LogFormat {
 
 /// Starts logging; `RUST_LOG` sets the level, `info` without it. Only the first call counts.
 pub fn init_logs(format: LogFormat) {
-    // The election's library logs each renewal attempt as a warning or worse of its own; larder says what matters.
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info,kube_lease_manager=error"));
+    // Errors of the libraries come back to larder, which says what they mean for its work.
+    let filter = EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| EnvFilter::new("info,kube_lease_manager=error,kube_client=off"));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -1,0 +1,577 @@
+//! The node's layers: `WritableLayer` → mounts on this node, and back into its status.
+//!
+//! Each layer has its own turn and its own back-off, so that one that hangs holds up no other. What is on the disk and
+//! has no object any more is released after a grace period, once the API server has confirmed that the object is gone.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use kube::Client;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, error, info, warn};
+
+use super::builds::MountedLayers;
+use super::layer_plan::{self, Observed, Outcome, Step};
+use super::node::Placed;
+use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
+use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, WritableLayerStatus};
+use crate::cluster::{
+    AGENT_MANAGER, Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, WriteError, apply_finalizers, apply_status,
+};
+use crate::layer::{LayerId, LayerRecord, Layers};
+use crate::telemetry::Health;
+
+/// Layers prepared or released at once.
+const MAX_AT_WORK: usize = 8;
+
+/// How often the layers' use of space is looked at, and orphans are looked for.
+const TICK: Duration = Duration::from_secs(30);
+
+/// How long a deleted layer waits for processes that use it before it is detached from them.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// What the loop starts with.
+pub struct Start {
+    pub client: Client,
+    pub health: Health,
+    pub node: String,
+    pub layers: Layers,
+    pub records: Vec<LayerRecord>,
+    pub placed: watch::Receiver<Placed>,
+    pub mounted: watch::Sender<MountedLayers>,
+    pub orphan_grace: Duration,
+}
+
+/// A layer's object and its turn.
+struct Entry {
+    observed: Observed,
+    outcome: Option<Outcome>,
+    at_work: bool,
+    due: bool,
+    backoff: Backoff,
+    writing: bool,
+    write_backoff: Backoff,
+    /// Status and reason of the last event.
+    announced: Option<(String, String)>,
+    /// When the deletion was first held up by somebody who uses the layer.
+    in_use_since: Option<Instant>,
+}
+
+enum Done {
+    Worked {
+        key: ObjectKey,
+        uid: String,
+        outcome: Box<Outcome>,
+        record: Option<LayerRecord>,
+    },
+    Finalizer {
+        key: ObjectKey,
+        result: Result<Box<Parsed<WritableLayer>>, WriteError>,
+    },
+    Written {
+        key: ObjectKey,
+        result: Result<Box<Parsed<WritableLayer>>, WriteError>,
+    },
+    Orphan {
+        id: LayerId,
+        released: bool,
+    },
+    Used(Vec<(ObjectKey, u64)>),
+}
+
+pub struct Keeper {
+    start: Start,
+    announcer: Announcer,
+    entries: BTreeMap<ObjectKey, Entry>,
+    records: HashMap<LayerId, LayerRecord>,
+    /// Layers on the disk without an object, and since when.
+    orphans: HashMap<LayerId, (Instant, bool)>,
+    synced: bool,
+    measuring: bool,
+    tasks: JoinSet<Done>,
+}
+
+impl Keeper {
+    pub fn new(start: Start) -> Self {
+        Self {
+            announcer: Announcer::new(start.client.clone(), AGENT_MANAGER, Some(start.node.clone())),
+            records: start
+                .records
+                .iter()
+                .map(|record| (record.id.clone(), record.clone()))
+                .collect(),
+            start,
+            entries: BTreeMap::new(),
+            orphans: HashMap::new(),
+            synced: false,
+            measuring: false,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Runs until the watch ends or `stop` is true. Mounts stay.
+    pub async fn run(mut self, mut changes: mpsc::Receiver<Followed<WritableLayer>>, mut stop: watch::Receiver<bool>) {
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            let wake = self.work();
+            tokio::select! {
+                change = changes.recv() => match change {
+                    Some(change) => self.take(change),
+                    None => return,
+                },
+                Some(done) = self.tasks.join_next() => match done {
+                    Ok(done) => self.finished(done),
+                    Err(error) => {
+                        error!(%error, "a layer's task broke off; restarting");
+                        return;
+                    }
+                },
+                Ok(()) = self.start.placed.changed() => {
+                    for entry in self.entries.values_mut().filter(|entry| entry.waits_for_tree()) {
+                        entry.due = true;
+                        entry.backoff.succeeded();
+                    }
+                }
+                _ = tick.tick() => self.measure(),
+                _ = stop.wait_for(|stop| *stop) => return,
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+        }
+    }
+
+    fn take(&mut self, change: Followed<WritableLayer>) {
+        match change {
+            Followed::Present(object) => self.observe(*object),
+            Followed::Gone { key, uid } => {
+                if self.entries.get(&key).is_some_and(|entry| entry.observed.uid == uid) {
+                    self.entries.remove(&key);
+                }
+            }
+            Followed::Synced => {
+                if !self.synced {
+                    info!(
+                        node = self.start.node,
+                        layers = self.entries.len(),
+                        "the node's layers are listed"
+                    );
+                }
+                self.synced = true;
+            }
+        }
+    }
+
+    fn observe(&mut self, object: Parsed<WritableLayer>) {
+        let key = ObjectKey::of(&object.metadata);
+        let observed = match Observed::of(object) {
+            Ok(observed) => observed,
+            Err(invalid) => {
+                // The controller says so in the object's status.
+                warn!(layer = %key, %invalid, "the layer cannot be read; what is mounted stays");
+                return;
+            }
+        };
+        match self.entries.get_mut(&key) {
+            Some(entry) if entry.observed.uid == observed.uid => {
+                let changed = entry.observed.generation != observed.generation
+                    || entry.observed.deleting != observed.deleting
+                    || entry.observed.held != observed.held;
+                entry.observed = observed;
+                if changed {
+                    entry.due = true;
+                    entry.backoff.succeeded();
+                }
+            }
+            _ => {
+                self.entries.insert(key, Entry::new(observed));
+            }
+        }
+    }
+
+    /// Does what is due, and gives the time of the next look.
+    fn work(&mut self) -> Instant {
+        let now = Instant::now();
+        let mut wake = now + TICK;
+        let mut at_work = self.entries.values().filter(|entry| entry.at_work).count();
+        let keys: Vec<ObjectKey> = self.entries.keys().cloned().collect();
+        for key in keys {
+            let Some(entry) = self.entries.get(&key) else { continue };
+            if entry.due && !entry.at_work {
+                match entry.backoff.due(now) {
+                    Some(due) => wake = wake.min(due),
+                    None if at_work < MAX_AT_WORK => {
+                        at_work += 1;
+                        self.step(&key, now);
+                    }
+                    None => {}
+                }
+            }
+            wake = wake.min(self.write_status(&key, now));
+        }
+        self.publish_mounted();
+        self.release_orphans(now);
+        wake
+    }
+
+    fn step(&mut self, key: &ObjectKey, now: Instant) {
+        let Some(entry) = self.entries.get_mut(key) else { return };
+        let placed = self.start.placed.borrow().get(&entry.observed.manifest).copied();
+        let patience_ended = entry
+            .in_use_since
+            .is_some_and(|since| now.duration_since(since) > PATIENCE);
+        let record = entry.observed.id().and_then(|id| self.records.get(&id));
+        let step = layer_plan::step(
+            key,
+            &entry.observed,
+            placed,
+            record,
+            self.start.layers.store().id(),
+            patience_ended,
+        );
+        (entry.due, entry.at_work) = (false, true);
+        let (client, uid, key) = (self.start.client.clone(), entry.observed.uid.clone(), key.clone());
+        match step {
+            Step::Nothing => entry.at_work = false,
+            Step::Say(outcome) => {
+                entry.at_work = false;
+                entry.settle(outcome, now);
+            }
+            Step::Finalizers(finalizers) => {
+                self.tasks.spawn(async move {
+                    let result =
+                        apply_finalizers::<WritableLayer>(&client, &key, AGENT_MANAGER, &uid, finalizers).await;
+                    Done::Finalizer {
+                        key,
+                        result: result.map(Box::new),
+                    }
+                });
+            }
+            Step::Prepare { spec, grow } => {
+                let layers = self.start.layers.clone();
+                self.tasks.spawn_blocking(move || {
+                    let outcome = Box::new(layer_plan::prepare(&layers, &spec, grow));
+                    let record = layers.record(&spec.id).ok().flatten();
+                    Done::Worked {
+                        key,
+                        uid,
+                        outcome,
+                        record,
+                    }
+                });
+            }
+            Step::Release { id, detach } => {
+                let layers = self.start.layers.clone();
+                self.tasks.spawn_blocking(move || {
+                    let outcome = Box::new(layer_plan::release(&layers, &id, detach));
+                    let record = layers.record(&id).ok().flatten();
+                    Done::Worked {
+                        key,
+                        uid,
+                        outcome,
+                        record,
+                    }
+                });
+            }
+        }
+    }
+
+    fn finished(&mut self, done: Done) {
+        let now = Instant::now();
+        match done {
+            Done::Worked {
+                key,
+                uid,
+                outcome,
+                record,
+            } => {
+                if let Ok(id) = uid.parse::<LayerId>() {
+                    match record {
+                        Some(record) => drop(self.records.insert(id, record)),
+                        None => drop(self.records.remove(&id)),
+                    }
+                }
+                let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.observed.uid == uid) else {
+                    return;
+                };
+                entry.at_work = false;
+                let verdict = outcome.verdict();
+                // A layer that waits for its user is looked at often, and is news once.
+                if entry.outcome.as_ref().is_none_or(|before| before.verdict() != verdict) {
+                    info!(layer = %key, node = self.start.node, reason = verdict.reason(), message = verdict.message(), "layer");
+                }
+                entry.settle(*outcome, now);
+            }
+            Done::Finalizer { key, result } => {
+                if let Some(entry) = self.entries.get_mut(&key) {
+                    entry.at_work = false;
+                    match &result {
+                        Ok(_) => {
+                            entry.backoff.succeeded();
+                            entry.due = true;
+                        }
+                        Err(WriteError::NotFound) => {}
+                        Err(error) => {
+                            entry.due = true;
+                            entry.backoff.failed(now);
+                            warn!(layer = %key, %error, "cannot write the layer's finalizer; trying again");
+                        }
+                    }
+                }
+                if let Ok(object) = result {
+                    self.answered(*object);
+                }
+            }
+            Done::Written { key, result } => {
+                if let Some(entry) = self.entries.get_mut(&key) {
+                    entry.writing = false;
+                    match &result {
+                        Ok(_) => entry.write_backoff.succeeded(),
+                        Err(WriteError::NotFound) => {}
+                        Err(error) => {
+                            entry.write_backoff.failed(now);
+                            if entry.write_backoff.failures() > 2 || !matches!(error, WriteError::Conflict) {
+                                warn!(layer = %key, %error, "cannot write the layer's status; trying again");
+                            }
+                        }
+                    }
+                }
+                if let Ok(object) = result {
+                    self.answered(*object);
+                }
+            }
+            Done::Orphan { id, released } => {
+                if released {
+                    self.orphans.remove(&id);
+                    self.records.remove(&id);
+                } else if let Some((since, at_work)) = self.orphans.get_mut(&id) {
+                    (*since, *at_work) = (now, false);
+                }
+            }
+            Done::Used(used) => {
+                self.measuring = false;
+                for (key, bytes) in used {
+                    if let Some(entry) = self.entries.get_mut(&key) {
+                        entry.note_use(bytes);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The answer to an own write. An object whose last finalizer went is gone with it.
+    fn answered(&mut self, object: Parsed<WritableLayer>) {
+        let gone = object.metadata.deletion_timestamp.is_some()
+            && object
+                .metadata
+                .finalizers
+                .as_ref()
+                .is_none_or(|finalizers| finalizers.is_empty());
+        if gone {
+            self.entries.remove(&ObjectKey::of(&object.metadata));
+        } else {
+            self.observe(object);
+        }
+    }
+
+    fn write_status(&mut self, key: &ObjectKey, now: Instant) -> Instant {
+        let later = now + TICK;
+        let Some(entry) = self.entries.get_mut(key) else {
+            return later;
+        };
+        let Some(outcome) = entry.outcome.as_ref().filter(|_| !entry.writing) else {
+            return later;
+        };
+        let status = outcome.status(&entry.observed, self.start.layers.store().id(), Timestamp::now());
+        if status == entry.observed.status {
+            return later;
+        }
+        if let Some(due) = entry.write_backoff.due(now) {
+            return due;
+        }
+        entry.writing = true;
+        entry.announce(&self.announcer, key, &status);
+        let (client, key) = (self.start.client.clone(), key.clone());
+        let resource_version = entry.observed.resource_version.clone();
+        self.tasks.spawn(async move {
+            let result =
+                apply_status::<WritableLayer, _>(&client, &key, AGENT_MANAGER, &resource_version, &status).await;
+            Done::Written {
+                key,
+                result: result.map(Box::new),
+            }
+        });
+        later
+    }
+
+    fn publish_mounted(&self) {
+        let mounted: MountedLayers = self
+            .entries
+            .iter()
+            .filter(|(_, entry)| entry.is_mounted())
+            .filter_map(|(key, entry)| Some((key.clone(), entry.observed.id()?)))
+            .collect();
+        self.start
+            .health
+            .metrics()
+            .layers
+            .set(i64::try_from(mounted.len()).unwrap_or(i64::MAX));
+        self.start.mounted.send_if_modified(|known| {
+            let changed = *known != mounted;
+            *known = mounted;
+            changed
+        });
+    }
+
+    /// Looks how much the layers use.
+    fn measure(&mut self) {
+        if self.measuring {
+            return;
+        }
+        let mounted = self.entries.iter().filter(|(_, entry)| entry.is_mounted());
+        let mounted: Vec<(ObjectKey, LayerId)> = mounted
+            .filter_map(|(key, entry)| Some((key.clone(), entry.observed.id()?)))
+            .collect();
+        self.measuring = true;
+        let layers = self.start.layers.clone();
+        self.tasks.spawn_blocking(move || {
+            let used = mounted
+                .into_iter()
+                .filter_map(|(key, id)| match layers.used_bytes(&id) {
+                    Ok(bytes) => Some((key, bytes)),
+                    Err(error) => {
+                        debug!(layer = %key, %error, "cannot tell how much it uses");
+                        None
+                    }
+                });
+            Done::Used(used.collect())
+        });
+    }
+
+    /// Releases layers on the disk that have had no object for the whole grace period. Their objects are asked for by
+    /// name: a list that lacks them proves nothing.
+    fn release_orphans(&mut self, now: Instant) {
+        if !self.synced {
+            return;
+        }
+        let owned: std::collections::HashSet<LayerId> =
+            self.entries.values().filter_map(|entry| entry.observed.id()).collect();
+        self.orphans.retain(|id, _| !owned.contains(id));
+        for id in self.records.keys().filter(|id| !owned.contains(*id)) {
+            self.orphans.entry(id.clone()).or_insert((now, false));
+        }
+        let grace = self.start.orphan_grace;
+        for (id, (since, at_work)) in &mut self.orphans {
+            let Some(record) = self
+                .records
+                .get(id)
+                .filter(|_| !*at_work && now.duration_since(*since) >= grace)
+            else {
+                continue;
+            };
+            *at_work = true;
+            let (client, layers, record) = (self.start.client.clone(), self.start.layers.clone(), record.clone());
+            self.tasks.spawn(async move {
+                let released = release_orphan(client, layers, &record).await;
+                Done::Orphan {
+                    id: record.id,
+                    released,
+                }
+            });
+        }
+    }
+}
+
+impl Entry {
+    fn new(observed: Observed) -> Self {
+        Self {
+            observed,
+            outcome: None,
+            at_work: false,
+            due: true,
+            backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(60)),
+            writing: false,
+            write_backoff: Backoff::default(),
+            announced: None,
+            in_use_since: None,
+        }
+    }
+
+    fn settle(&mut self, outcome: Outcome, now: Instant) {
+        if outcome.again() {
+            self.due = true;
+            self.backoff.failed(now);
+        } else {
+            self.backoff.succeeded();
+        }
+        let in_use = outcome.verdict().reason() == reasons::IN_USE;
+        self.in_use_since = in_use.then(|| self.in_use_since.unwrap_or(now));
+        if matches!(outcome, Outcome::Released) {
+            // The next step drops the finalizer.
+            self.due = true;
+        }
+        self.outcome = Some(outcome);
+    }
+
+    /// Says in an event what Ready says, once, also when the status itself cannot be written.
+    fn announce(&mut self, announcer: &Announcer, key: &ObjectKey, status: &WritableLayerStatus) {
+        let Some(ready) = find(&status.conditions, READY) else {
+            return;
+        };
+        let said = Some((ready.status.clone(), ready.reason.clone()));
+        let before = find(&self.observed.status.conditions, READY);
+        let known = before.map(|before| (before.status.clone(), before.reason.clone()));
+        if said == known || said == self.announced {
+            return;
+        }
+        self.announced = said;
+        let trouble = is_true(&status.conditions, STALLED)
+            || (ready.status != "True" && !reasons::EXPECTED.contains(&ready.reason.as_str()));
+        announcer.announce::<WritableLayer>(key, &self.observed.uid, trouble, &ready.reason, &ready.message);
+    }
+
+    fn is_mounted(&self) -> bool {
+        !self.observed.deleting && matches!(self.outcome, Some(Outcome::Mounted { .. }))
+    }
+
+    fn waits_for_tree(&self) -> bool {
+        self.outcome.as_ref().is_some_and(|outcome| {
+            [reasons::NOT_PLACED, reasons::MANIFEST_NOT_READY].contains(&outcome.verdict().reason())
+        })
+    }
+
+    fn note_use(&mut self, bytes: u64) {
+        if let Some(Outcome::Mounted { used, size, .. }) = &mut self.outcome {
+            *used = layer_plan::threshold(bytes, *size, *used);
+        }
+    }
+}
+
+async fn release_orphan(client: Client, layers: Layers, record: &LayerRecord) -> bool {
+    use kube::api::Api;
+    let api: Api<WritableLayer> = Api::namespaced(client, &record.owner.namespace);
+    match tokio::time::timeout(CALL_TIMEOUT, api.get_metadata_opt(&record.owner.name)).await {
+        Ok(Ok(None)) => {}
+        Ok(Ok(Some(found))) if found.metadata.uid.as_deref() != Some(record.id.as_str()) => {}
+        Ok(Ok(Some(_))) => return false,
+        Ok(Err(error)) => {
+            debug!(layer = %record.owner, %error, "cannot tell whether its object is gone");
+            return false;
+        }
+        Err(_) => return false,
+    }
+    info!(layer = %record.owner, id = %record.id, "the layer's object is gone; releasing it");
+    let id = record.id.clone();
+    let released = tokio::task::spawn_blocking(move || layers.release(&id, false)).await;
+    match released {
+        Ok(Ok(())) => true,
+        Ok(Err(error)) => {
+            warn!(layer = %record.owner, %error, "cannot release a layer without an object; trying again");
+            false
+        }
+        Err(_) => false,
+    }
+}
+
+/// Names the finalizer in one place for the plan.
+pub(super) const HELD: &[&str] = &[LAYER_FINALIZER];

@@ -1,0 +1,197 @@
+//! One per node: `NodeStore.spec` → source, layer and store → `NodeStore.status`, and the node's layers.
+//!
+//! The agent works on from the last spec that it saw while the API server is away. It can be killed at any moment: what
+//! it does is in the store and the layers, and each of these finishes or cleans at the next start what was begun.
+
+mod builds;
+mod layer_plan;
+mod layers;
+mod node;
+mod plan;
+mod retention;
+mod saved;
+mod throttle;
+mod work;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kube::Client;
+use kube::runtime::watcher;
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+
+use crate::api::{NodeStore, WritableLayer};
+use crate::cluster::{Followed, ObjectKey, follow, heartbeat};
+use crate::layer::{self, LayerRecord, Layers};
+use crate::source::{self, Roots, SourceRoot};
+use crate::store::{self, Ref, Store};
+use crate::telemetry::Health;
+use builds::Builder;
+
+/// Settings of the agent.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Name of the node.
+    pub node: String,
+    /// Namespace of the agents' Leases.
+    pub namespace: String,
+    /// The store's folder.
+    pub root: PathBuf,
+    /// Folder whose folders named like a namespace are that namespace's sources.
+    pub import_dir: PathBuf,
+    /// Further roots of sources.
+    pub source_roots: Vec<SourceRoot>,
+    pub store: store::Options,
+    pub layers: layer::Options,
+    /// How long a layer on the disk may be without an object before it is released.
+    pub orphan_grace: Duration,
+}
+
+/// Why the agent ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Store(#[from] store::Error),
+    #[error(transparent)]
+    Layer(#[from] layer::Error),
+    #[error(transparent)]
+    Source(#[from] source::Error),
+    #[error("cannot make {}: {source}", path.display())]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error("a task of the agent broke off")]
+    Broken,
+}
+
+/// What was found on the disk.
+struct Disk {
+    builder: Builder,
+    spec: Option<saved::SavedSpec>,
+    memory: retention::Memory,
+    refs: BTreeMap<ObjectKey, Ref>,
+    problem: Option<String>,
+    records: Vec<LayerRecord>,
+}
+
+/// Keeps the node's store and layers as the API server says, until `stop` is true. Mounts stay when it ends.
+///
+/// # Errors
+/// When the store cannot be opened (another process has it, its disk is broken), or a task broke off: the process is
+/// to end and start anew.
+pub async fn run(client: Client, options: Options, health: Health, stop: watch::Receiver<bool>) -> Result<(), Error> {
+    let at_start = options.clone();
+    let disk = tokio::task::spawn_blocking(move || open(&at_start))
+        .await
+        .map_err(|_| Error::Broken)??;
+    info!(
+        node = options.node,
+        store = disk.builder.store.id(),
+        refs = disk.refs.len(),
+        layers = disk.records.len(),
+        "the store is open"
+    );
+
+    let (mounted_sender, mounted) = watch::channel(HashMap::new());
+    let (placed_sender, placed) = watch::channel(HashMap::new());
+    let (owner_sender, owner) = watch::channel(None);
+    let (stores_sender, stores) = mpsc::channel::<Followed<NodeStore>>(64);
+    let (layers_sender, layers) = mpsc::channel::<Followed<WritableLayer>>(256);
+
+    let keeper = layers::Keeper::new(layers::Start {
+        client: client.clone(),
+        health: health.clone(),
+        node: options.node.clone(),
+        layers: disk.builder.layers.clone(),
+        records: disk.records,
+        placed,
+        mounted: mounted_sender,
+        orphan_grace: options.orphan_grace,
+    });
+    let node = node::Node::new(node::Start {
+        client: client.clone(),
+        health: health.clone(),
+        node: options.node.clone(),
+        builder: disk.builder,
+        spec: disk.spec,
+        refs: disk.refs,
+        problem: disk.problem,
+        memory: disk.memory,
+        mounted,
+        placed: placed_sender,
+        owner: owner_sender,
+    });
+
+    let own_store = watcher::Config::default().fields(&format!("metadata.name={}", options.node));
+    let own_layers = watcher::Config::default().fields(&format!("spec.nodeName={}", options.node));
+    health.set_ready(true);
+    let mut stopped = stop.clone();
+    // Both loops end at `stop`; if one ends without it, the process is to start anew.
+    let loops = async {
+        tokio::select! {
+            () = node.run(stores, stop.clone()) => {}
+            () = keeper.run(layers, stop.clone()) => {}
+        }
+    };
+    tokio::select! {
+        () = loops => {}
+        () = heartbeat(client.clone(), options.namespace, options.node.clone(), owner) => {}
+        () = follow::<NodeStore, _>(client.clone(), own_store, Duration::ZERO, stores_sender) => {}
+        () = follow::<WritableLayer, _>(client.clone(), own_layers, Duration::ZERO, layers_sender) => {}
+        _ = stopped.wait_for(|stop| *stop) => {}
+    }
+    if *stopped.borrow() { Ok(()) } else { Err(Error::Broken) }
+}
+
+fn open(options: &Options) -> Result<Disk, Error> {
+    let store = Store::open(&options.root, options.store.clone())?;
+    let layers = Layers::open(store.clone(), options.layers.clone())?;
+    let roots = Roots::new(&store, options.import_dir.clone(), options.source_roots.clone())?;
+    let runs = options.root.join("runs");
+    std::fs::create_dir_all(&runs).map_err(|source| Error::Folder {
+        path: runs.clone(),
+        source,
+    })?;
+    let builder = Builder {
+        store,
+        layers,
+        roots: Arc::new(roots),
+    };
+    let (refs, problem) = work::read_refs(&builder)?;
+    let (records, layer_problems) = builder.layers.list()?;
+    for problem in &layer_problems {
+        warn!(
+            path = problem.path,
+            message = problem.message,
+            "a layer on the disk cannot be read; retention deletes nothing until it can"
+        );
+    }
+    if let Some(problem) = &problem {
+        warn!(
+            problem,
+            "a ref cannot be read; retention deletes nothing until its owner is rebuilt or it is forgotten"
+        );
+    }
+    let problem = problem.or_else(|| {
+        layer_problems
+            .first()
+            .map(|problem| format!("{}: {}", problem.path, problem.message))
+    });
+    Ok(Disk {
+        // Either file only saves work: without it the API server is asked, and retention waits for its next time.
+        spec: or_none(saved::load(&options.root.join(saved::SPEC))),
+        memory: or_none(saved::load(&options.root.join(saved::MEMORY))).unwrap_or_default(),
+        builder,
+        refs,
+        problem,
+        records,
+    })
+}
+
+fn or_none<T>(loaded: Result<Option<T>, saved::FileError>) -> Option<T> {
+    loaded.unwrap_or_else(|error| {
+        warn!(%error, "a file of the agent cannot be read; going on without it");
+        None
+    })
+}

@@ -1,0 +1,607 @@
+//! The node's main loop: `NodeStore.spec` → builds, retirement, retention → `NodeStore.status`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use kube::Client;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
+use tracing::{debug, error, info, warn};
+
+use super::builds::{Builder, Ended, MountedLayers};
+use super::plan::{self, Failed, Goal, Known, Step};
+use super::retention::{self, Due, Memory};
+use super::saved::{self, SavedSpec};
+use super::throttle::Throttle;
+use super::work::{self, Built, Collected, Counted, Done};
+use crate::api::conditions::{Verdict, merge, reasons};
+use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
+use crate::cluster::{AGENT_MANAGER, Backoff, Followed, ObjectKey, WriteError, apply_status};
+use crate::store::{Ref, TreeDigest};
+use crate::telemetry::Health;
+
+/// Builds at once. More than one, so that a slow one holds nothing up; few, because they share the disk.
+const MAX_BUILDS: usize = 4;
+
+/// While a build is younger than this, its end is waited for before the status is written: most builds are quick, and
+/// the write that says "building" would be out of date at once.
+const QUICK: Duration = Duration::from_millis(300);
+
+/// Longest pause of the loop.
+const TICK: Duration = Duration::from_secs(10);
+
+/// The trees that the node should hold, for the layers: `None` while one is not stored yet.
+pub type Placed = HashMap<ObjectKey, Option<TreeDigest>>;
+
+/// What the loop knows of the cluster and the disk at its start.
+pub struct Start {
+    pub client: Client,
+    pub health: Health,
+    pub node: String,
+    pub builder: Builder,
+    pub spec: Option<SavedSpec>,
+    pub refs: BTreeMap<ObjectKey, Ref>,
+    pub problem: Option<String>,
+    pub memory: Memory,
+    pub mounted: watch::Receiver<MountedLayers>,
+    pub placed: watch::Sender<Placed>,
+    pub owner: watch::Sender<Option<OwnerReference>>,
+}
+
+struct Job {
+    goal: Goal,
+    cancel: Arc<AtomicBool>,
+    started: Instant,
+}
+
+/// What changed since it was saved.
+#[derive(Default)]
+struct Unsaved {
+    spec: bool,
+    memory: bool,
+}
+
+/// The NodeStore as the API server has it.
+struct Observed {
+    uid: String,
+    resource_version: String,
+    status: NodeStoreStatus,
+}
+
+pub struct Node {
+    client: Client,
+    health: Health,
+    node: String,
+    builder: Builder,
+    mounted: watch::Receiver<MountedLayers>,
+    placed: watch::Sender<Placed>,
+    owner: watch::Sender<Option<OwnerReference>>,
+
+    spec: Option<SavedSpec>,
+    refs: BTreeMap<ObjectKey, Ref>,
+    /// A problem of the store itself, for the NodeStore's Ready.
+    problem: Option<String>,
+    jobs: HashMap<String, Job>,
+    failed: HashMap<String, Failed>,
+    checked: HashMap<String, Instant>,
+    retiring: HashMap<ObjectKey, Instant>,
+    memory: Memory,
+    collecting: bool,
+    unsaved: Unsaved,
+    saving: bool,
+    usage: Option<StoreUsage>,
+
+    observed: Option<Observed>,
+    writing: bool,
+    write_backoff: Backoff,
+    throttle: Throttle,
+    differs_since: Option<Instant>,
+    tasks: JoinSet<Done>,
+}
+
+impl Node {
+    pub fn new(start: Start) -> Self {
+        let now = Instant::now();
+        Self {
+            client: start.client,
+            health: start.health,
+            node: start.node,
+            builder: start.builder,
+            mounted: start.mounted,
+            placed: start.placed,
+            owner: start.owner,
+            spec: start.spec,
+            refs: start.refs,
+            problem: start.problem,
+            jobs: HashMap::new(),
+            failed: HashMap::new(),
+            checked: HashMap::new(),
+            retiring: HashMap::new(),
+            memory: start.memory,
+            collecting: false,
+            unsaved: Unsaved::default(),
+            saving: false,
+            usage: None,
+            observed: None,
+            writing: false,
+            write_backoff: Backoff::default(),
+            throttle: Throttle::new(now),
+            differs_since: None,
+            tasks: JoinSet::new(),
+        }
+    }
+
+    /// Runs until the watch ends or `stop` is true; then ends the builds.
+    pub async fn run(mut self, mut changes: mpsc::Receiver<Followed<NodeStore>>, mut stop: watch::Receiver<bool>) {
+        self.count();
+        loop {
+            let wake = self.work();
+            self.health.beat();
+            tokio::select! {
+                change = changes.recv() => match change {
+                    Some(change) => self.take(change),
+                    None => break,
+                },
+                Some(done) = self.tasks.join_next() => match done {
+                    Ok(done) => self.finished(done),
+                    Err(error) => {
+                        error!(%error, "a task of the agent broke off; restarting");
+                        break;
+                    }
+                },
+                Ok(()) = self.mounted.changed() => self.retry_snapshots(),
+                _ = stop.wait_for(|stop| *stop) => break,
+                () = tokio::time::sleep_until(wake.into()) => {}
+            }
+        }
+        for job in self.jobs.values() {
+            job.cancel.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn take(&mut self, change: Followed<NodeStore>) {
+        match change {
+            Followed::Present(object) => self.observe(*object),
+            // A NodeStore that is gone says nothing about what the node should hold: the last spec stays.
+            Followed::Gone { .. } => {
+                warn!(node = self.node, "the NodeStore is gone; working on from its last spec");
+                self.observed = None;
+            }
+            Followed::Synced => debug!(node = self.node, "the NodeStore is synced"),
+        }
+    }
+
+    fn observe(&mut self, object: Parsed<NodeStore>) {
+        let uid = object.metadata.uid.clone().unwrap_or_default();
+        let owner = object
+            .metadata
+            .owner_references
+            .iter()
+            .flatten()
+            .find(|owner| owner.kind == "Node")
+            .cloned();
+        self.owner.send_if_modified(|known| {
+            let changed = *known != owner;
+            *known = owner;
+            changed
+        });
+        let store = match object.object {
+            Ok(store) => store,
+            Err(invalid) => {
+                warn!(node = self.node, %invalid, "the NodeStore cannot be read; working on from its last spec");
+                return;
+            }
+        };
+        self.observed = Some(Observed {
+            uid: uid.clone(),
+            resource_version: object.metadata.resource_version.unwrap_or_default(),
+            status: store.status.unwrap_or_default(),
+        });
+        let spec = SavedSpec {
+            uid,
+            generation: object.metadata.generation.unwrap_or_default(),
+            spec: store.spec,
+        };
+        if self.spec.as_ref() != Some(&spec) {
+            info!(
+                node = self.node,
+                generation = spec.generation,
+                manifests = spec.spec.manifests.len(),
+                "taking up a new spec"
+            );
+            self.spec = Some(spec);
+            self.unsaved.spec = true;
+        }
+    }
+
+    fn manifests(&self) -> Vec<ProjectedManifest> {
+        self.spec
+            .as_ref()
+            .map(|spec| spec.spec.manifests.clone())
+            .unwrap_or_default()
+    }
+
+    fn known<'a>(&'a self, manifest: &ProjectedManifest) -> Known<'a> {
+        Known {
+            stored: self.refs.get(&ObjectKey::new(&manifest.namespace, &manifest.name)),
+            building: self.jobs.get(&manifest.uid).map(|job| &job.goal),
+            failed: self.failed.get(&manifest.uid),
+            checked: self.checked.get(&manifest.uid).copied(),
+        }
+    }
+
+    /// Does what is due, and gives the time of the next look.
+    fn work(&mut self) -> Instant {
+        let now = Instant::now();
+        let mut wake = now + TICK;
+        let manifests = self.manifests();
+        plan::prune(&mut self.failed, &manifests);
+        plan::prune(&mut self.checked, &manifests);
+        self.cancel_unwanted(&manifests);
+        let mut steps = Vec::with_capacity(manifests.len());
+        for manifest in &manifests {
+            let interval = manifest
+                .rebuild_interval
+                .as_ref()
+                .and_then(|interval| interval.get().ok());
+            if interval.is_some() {
+                // After a restart the interval begins anew: a restart of all agents must not read all sources at once.
+                self.checked.entry(manifest.uid.clone()).or_insert(now);
+            }
+            let step = plan::step(manifest, self.known(manifest), interval, now);
+            match step {
+                Step::Build if self.jobs.len() < MAX_BUILDS => self.start_build(manifest, now),
+                Step::Cancel => self.cancel(&manifest.uid),
+                Step::Retry(at) | Step::Done(Some(at)) => wake = wake.min(at),
+                _ => {}
+            }
+            steps.push(step);
+        }
+        if self.spec.is_some() {
+            self.retire(&manifests, now);
+        }
+        wake = wake.min(self.retention(now));
+        self.save();
+        self.publish_placed(&manifests);
+        wake.min(self.write_status(&manifests, &steps, now))
+    }
+
+    /// Builds whose manifest is gone from the spec have no step of their own.
+    fn cancel_unwanted(&self, manifests: &[ProjectedManifest]) {
+        for (uid, job) in &self.jobs {
+            if !manifests.iter().any(|manifest| manifest.uid == *uid) {
+                job.cancel.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn cancel(&self, uid: &str) {
+        if let Some(job) = self.jobs.get(uid) {
+            job.cancel.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn start_build(&mut self, manifest: &ProjectedManifest, now: Instant) {
+        let (goal, cancel) = (Goal::of(manifest), Arc::new(AtomicBool::new(false)));
+        let key = ObjectKey::new(&manifest.namespace, &manifest.name);
+        info!(manifest = %key, generation = goal.generation, "building");
+        self.jobs.insert(
+            manifest.uid.clone(),
+            Job {
+                goal: goal.clone(),
+                cancel: cancel.clone(),
+                started: now,
+            },
+        );
+        let (builder, manifest, mounted) = (self.builder.clone(), manifest.clone(), self.mounted.borrow().clone());
+        let had_problem = self.problem.is_some();
+        self.tasks.spawn_blocking(move || {
+            Done::Built(Box::new(work::build(
+                &builder,
+                &manifest,
+                &mounted,
+                &cancel,
+                had_problem,
+            )))
+        });
+    }
+
+    fn retry_snapshots(&mut self) {
+        self.failed
+            .retain(|_, failed| failed.failure.reason != reasons::LAYER_NOT_READY);
+    }
+
+    /// Trees whose manifest is no longer the node's become history.
+    fn retire(&mut self, manifests: &[ProjectedManifest], now: Instant) {
+        let retired: Vec<(ObjectKey, String)> = plan::retired(&self.refs, manifests)
+            .into_iter()
+            .filter(|(key, _)| {
+                self.retiring
+                    .get(key)
+                    .is_none_or(|tried| now.duration_since(*tried) > TICK)
+            })
+            .map(|(key, entry)| (key.clone(), entry.owner.clone()))
+            .collect();
+        for (key, owner) in retired {
+            info!(manifest = %key, "no longer on this node; its tree is history now");
+            self.retiring.insert(key.clone(), now);
+            let builder = self.builder.clone();
+            self.tasks.spawn_blocking(move || work::retire(&builder, key, &owner));
+        }
+    }
+
+    fn retention(&mut self, now: Instant) -> Instant {
+        let policy = self.spec.as_ref().and_then(|spec| spec.spec.retention.clone());
+        // Before the first spec nobody knows which policy is in force.
+        if self.spec.is_none() || self.collecting {
+            return now + TICK;
+        }
+        let time = Timestamp::now();
+        let before = self.memory.clone();
+        retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
+        self.unsaved.memory |= self.memory != before;
+        match retention::due(&self.memory, policy.as_ref(), &self.node, time) {
+            Due::Never => now + TICK,
+            Due::At(at) => {
+                now + Duration::try_from(at.duration_since(time))
+                    .unwrap_or_default()
+                    .min(TICK)
+            }
+            // What should go may still be on its way into history.
+            Due::Now if !self.retiring.is_empty() => now + Duration::from_millis(50),
+            Due::Now => {
+                self.collecting = true;
+                let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
+                self.tasks
+                    .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, policy, had_problem))));
+                now + TICK
+            }
+        }
+    }
+
+    /// Saves what is unsaved, one write at a time.
+    fn save(&mut self) {
+        if self.saving || !(self.unsaved.spec || self.unsaved.memory) {
+            return;
+        }
+        let unsaved = std::mem::take(&mut self.unsaved);
+        self.saving = true;
+        let root = self.builder.store.root().to_owned();
+        let spec = self.spec.clone().filter(|_| unsaved.spec);
+        let memory = unsaved.memory.then(|| self.memory.clone());
+        self.tasks.spawn_blocking(move || {
+            let spec = spec.map_or(Ok(()), |spec| saved::save(&root.join(saved::SPEC), &spec));
+            let memory = memory.map_or(Ok(()), |memory| saved::save(&root.join(saved::MEMORY), &memory));
+            Done::Saved(spec.and(memory))
+        });
+    }
+
+    /// Counts what the store holds, apart from the builds and collections that do it at their end.
+    fn count(&mut self) {
+        let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
+        self.tasks
+            .spawn_blocking(move || Done::Counted(work::count(&builder, had_problem)));
+    }
+
+    fn counted(&mut self, counted: Counted) {
+        self.problem = counted.problem;
+        if let Some(usage) = counted.usage {
+            self.health.metrics().blobs.set(usage.blobs);
+            self.health.metrics().stored_bytes.set(usage.stored_bytes);
+            self.usage = Some(usage);
+        }
+    }
+
+    fn publish_placed(&self, manifests: &[ProjectedManifest]) {
+        let placed: Placed = manifests
+            .iter()
+            .map(|manifest| {
+                let stored = self
+                    .known(manifest)
+                    .stored
+                    .filter(|stored| stored.owner == manifest.uid);
+                let digest = stored
+                    .and_then(|stored| stored.current.as_ref())
+                    .map(|tree| tree.digest);
+                (ObjectKey::new(&manifest.namespace, &manifest.name), digest)
+            })
+            .collect();
+        self.placed.send_if_modified(|known| {
+            let changed = *known != placed;
+            *known = placed;
+            changed
+        });
+    }
+
+    /// Writes the status if it differs and may be written now; gives the time of the next look.
+    fn write_status(&mut self, manifests: &[ProjectedManifest], steps: &[Step], now: Instant) -> Instant {
+        let later = now + TICK;
+        let (Some(observed), Some(spec)) = (&self.observed, &self.spec) else {
+            return later;
+        };
+        // A spec of an earlier NodeStore is worked on, but this one's status is not about it.
+        if self.writing || observed.uid != spec.uid {
+            return later;
+        }
+        let states = manifests.iter().zip(steps);
+        let status = NodeStoreStatus {
+            observed_generation: spec.generation,
+            conditions: merge(
+                &observed.status.conditions,
+                self.verdict().conditions(),
+                spec.generation,
+                Timestamp::now(),
+            ),
+            store_id: Some(self.builder.store.id().to_owned()),
+            road: Some("Copy".to_owned()),
+            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
+            manifests: states
+                .map(|(manifest, step)| plan::state(manifest, self.known(manifest), *step))
+                .collect(),
+            retention: self.memory.since.map(|_| self.memory.state.clone()),
+            usage: self.usage.clone().or_else(|| observed.status.usage.clone()),
+        };
+        if status == observed.status {
+            self.differs_since = None;
+            return later;
+        }
+        let since = *self.differs_since.get_or_insert(now);
+        if self.jobs.values().any(|job| now < job.started + QUICK) && now < since + QUICK {
+            return (since + QUICK).min(later);
+        }
+        if let Some(due) = self.write_backoff.due(now) {
+            return due;
+        }
+        if let Err(due) = self.throttle.take(now) {
+            return due;
+        }
+        self.writing = true;
+        let (client, key) = (self.client.clone(), ObjectKey::new("", &self.node));
+        let resource_version = observed.resource_version.clone();
+        self.tasks.spawn(async move {
+            let written = apply_status::<NodeStore, _>(&client, &key, AGENT_MANAGER, &resource_version, &status).await;
+            Done::Written(written.map(Box::new))
+        });
+        later
+    }
+
+    fn verdict(&self) -> Verdict {
+        match &self.problem {
+            Some(problem) => Verdict::Stalled {
+                reason: reasons::STORE_ERROR,
+                message: problem.clone(),
+            },
+            None => Verdict::Ready {
+                reason: reasons::SERVING,
+                message: "the store is open".to_owned(),
+            },
+        }
+    }
+
+    fn finished(&mut self, done: Done) {
+        let now = Instant::now();
+        match done {
+            Done::Built(built) => self.built(*built, now),
+            Done::Retired { key, stored } => {
+                self.retiring.remove(&key);
+                match stored {
+                    Ok(Some(stored)) => drop(self.refs.insert(key, *stored)),
+                    Ok(None) => drop(self.refs.remove(&key)),
+                    Err(error) => {
+                        self.retiring.insert(key.clone(), now);
+                        warn!(manifest = %key, %error, "cannot make its tree history; trying again");
+                    }
+                }
+            }
+            Done::Collected(collected) => self.collected(*collected),
+            Done::Saved(result) => {
+                self.saving = false;
+                if let Err(error) = result {
+                    // The API server still has the spec; only a restart without it would miss the file.
+                    warn!(%error, "cannot save what the agent would need after a restart");
+                }
+            }
+            Done::Counted(counted) => self.counted(counted),
+            Done::Written(result) => {
+                self.writing = false;
+                match result {
+                    Ok(object) => {
+                        self.write_backoff.succeeded();
+                        self.differs_since = None;
+                        self.health.metrics().writes.inc();
+                        self.observe(*object);
+                    }
+                    Err(error) => {
+                        self.health.metrics().write_errors.inc();
+                        self.write_backoff.failed(now);
+                        if self.write_backoff.failures() > 2 || !matches!(error, WriteError::Conflict) {
+                            let failures = self.write_backoff.failures();
+                            warn!(node = self.node, %error, failures, "cannot write the node's status; trying again");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn built(&mut self, built: Built, now: Instant) {
+        let Built {
+            goal,
+            key,
+            took,
+            result,
+            stored,
+            counted,
+        } = built;
+        self.counted(counted);
+        self.jobs.remove(&goal.uid);
+        if let Some(stored) = stored {
+            self.refs.insert(key.clone(), stored);
+        }
+        match result {
+            Ok(()) => {
+                let tree = self.refs.get(&key).and_then(|stored| stored.current.as_ref());
+                let digest = tree.map(|tree| tree.digest.to_string()).unwrap_or_default();
+                let (files, bytes) = tree.map_or((0, 0), |tree| (tree.files, tree.size));
+                info!(manifest = %key, node = self.node, digest, files, bytes, ms = took.as_millis() as u64, "stored");
+                self.health.metrics().builds.inc();
+                self.failed.remove(&goal.uid);
+                self.checked.insert(goal.uid, now);
+            }
+            Err(Ended::Cancelled) => debug!(manifest = %key, "the build was cancelled"),
+            Err(Ended::Failed(failure)) => {
+                warn!(manifest = %key, node = self.node, reason = failure.reason, error = failure.message, "the build failed");
+                self.health.metrics().build_failures.inc();
+                let before = self.failed.remove(&goal.uid).filter(|failed| failed.goal == goal);
+                let mut backoff = before.map_or_else(Backoff::slow, |failed| failed.backoff);
+                backoff.failed(now);
+                self.failed.insert(goal.uid.clone(), Failed { goal, failure, backoff });
+            }
+        }
+    }
+
+    fn collected(&mut self, collected: Collected) {
+        let Collected {
+            request,
+            result,
+            refs,
+            counted,
+        } = collected;
+        self.counted(counted);
+        self.collecting = false;
+        match &result {
+            Ok(report) => {
+                info!(
+                    node = self.node,
+                    scanned = report.scanned_blobs,
+                    deleted = report.deleted_blobs,
+                    freed_bytes = report.freed_bytes,
+                    dropped_revisions = report.dropped_history.len(),
+                    dry_run = report.dry_run,
+                    "retention ran"
+                );
+                self.health.metrics().retention_runs.inc();
+                if !report.dry_run {
+                    self.health.metrics().freed_bytes.inc_by(report.freed_bytes);
+                }
+            }
+            Err(error) => warn!(node = self.node, error, "retention failed"),
+        }
+        let noted = result.as_ref().map_err(String::as_str);
+        retention::note(&mut self.memory, request, noted, Timestamp::now());
+        self.unsaved.memory = true;
+        if let Some(refs) = refs {
+            // A build that ended meanwhile is newer than what was read.
+            for (key, entry) in refs {
+                self.refs
+                    .entry(key)
+                    .and_modify(|known| known.history = entry.history.clone())
+                    .or_insert(entry);
+            }
+        }
+    }
+}

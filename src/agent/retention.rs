@@ -1,0 +1,307 @@
+//! Retention on a node: when a run is due, and running it.
+
+use std::time::{Duration, SystemTime};
+
+use jiff::Timestamp;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
+use serde::{Deserialize, Serialize};
+
+use crate::api::conditions::whole_seconds;
+use crate::api::{
+    InvalidPolicy, PolicyRules, ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, truncate,
+};
+use crate::store::{Holders, Report, Store, retention};
+
+/// Longest text about a node's retention in its status, in bytes.
+const MAX_TEXT: usize = 512;
+
+/// What the agent keeps of retention across its restarts, in `runs/state.json`.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Memory {
+    /// What the status says.
+    pub state: RetentionState,
+    /// When the node first saw the policy in force.
+    pub since: Option<Timestamp>,
+    /// When a run was last tried; one that failed waits for its next time like one that worked.
+    pub tried: Option<Timestamp>,
+}
+
+/// When the next run is.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Due {
+    Now,
+    At(Timestamp),
+    Never,
+}
+
+/// Takes a policy up: what is remembered of another one is dropped, what the status says about this one is brought up
+/// to date.
+pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, now: Timestamp) {
+    let uid = policy.map(|policy| policy.uid.clone());
+    if memory.since.is_none() || memory.state.policy_uid != uid {
+        *memory = Memory {
+            state: RetentionState {
+                policy_uid: uid,
+                ..Default::default()
+            },
+            since: Some(now),
+            tried: None,
+        };
+    }
+    let state = &mut memory.state;
+    let generation = policy.map_or(0, |policy| policy.generation);
+    if state.observed_generation != generation {
+        // What kept the last run from working may be mended by the new spec.
+        (state.observed_generation, state.problem, state.over_limit) = (generation, None, None);
+    }
+    if let Some(Err(invalid)) = policy.map(|policy| policy.rules.check()) {
+        state.problem = Some(truncate(&invalid.to_string(), MAX_TEXT));
+    }
+    memory.state.next_run = match due(memory, policy, node, now) {
+        Due::At(time) => Some(Time(whole_seconds(time))),
+        Due::Now | Due::Never => None,
+    };
+}
+
+/// When the next run is due: a new request is due at once, a missed run is made up once.
+pub fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: Timestamp) -> Due {
+    let from = memory.tried.max(memory.since).unwrap_or(now);
+    let scheduled = |schedule: &Schedule, jitter: Duration| {
+        let Some(next) = schedule.next_after(from) else {
+            return Due::Never;
+        };
+        let time = next.checked_add(jitter).unwrap_or(next);
+        if time <= now { Due::Now } else { Due::At(time) }
+    };
+    let Some(policy) = policy else {
+        return built_in_schedule().map_or(Due::Never, |schedule| {
+            scheduled(&schedule, jitter(node, "", Duration::from_secs(3600)))
+        });
+    };
+    let (Ok(schedule), Ok(longest)) = (policy.rules.check(), policy.rules.jitter()) else {
+        return Due::Never;
+    };
+    if policy.rules.suspend {
+        return Due::Never;
+    }
+    if policy.requested_at.is_some() && policy.requested_at != memory.state.requested_at {
+        return Due::Now;
+    }
+    scheduled(&schedule, jitter(node, &policy.uid, longest))
+}
+
+fn built_in_schedule() -> Option<Schedule> {
+    Schedule::parse("@daily", None).ok()
+}
+
+/// A delay below `longest`, the same at each run of a policy on a node, so that `nextRun` can be told beforehand.
+fn jitter(node: &str, policy: &str, longest: Duration) -> Duration {
+    use sha2::Digest;
+    let hash = sha2::Sha256::digest(format!("{node}\0{policy}"));
+    let share = u32::from_le_bytes([hash[0], hash[1], hash[2], hash[3]]);
+    Duration::from_secs((longest.as_secs_f64() * f64::from(share) / f64::from(u32::MAX)) as u64)
+}
+
+/// Runs retention now. Blocks.
+///
+/// # Errors
+/// What kept the run from being made, for the status.
+pub fn run(store: &Store, holders: &dyn Holders, policy: Option<&ProjectedPolicy>) -> Result<Report, String> {
+    let (policy, dry_run) = match policy {
+        None => (retention::Policy::built_in(), false),
+        Some(policy) => {
+            let total = file_system_size(store).map_err(|error| format!("cannot tell the disk's size: {error}"))?;
+            (
+                translate(&policy.rules, total).map_err(|invalid| invalid.to_string())?,
+                policy.rules.dry_run,
+            )
+        }
+    };
+    store
+        .collect(&policy, holders, dry_run, SystemTime::now())
+        .map_err(|error| error.to_string())
+}
+
+fn file_system_size(store: &Store) -> std::io::Result<u64> {
+    let stat = rustix::fs::statvfs(store.root())?;
+    Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
+}
+
+fn translate(rules: &PolicyRules, total: u64) -> Result<retention::Policy, InvalidPolicy> {
+    Ok(retention::Policy {
+        max_age: rules.max_age()?,
+        max_size: rules.max_size()?,
+        min_free: rules.min_free(total)?,
+        min_copies: rules.min_copies,
+        grace: rules.grace()?,
+    })
+}
+
+/// Notes what a run did, or why it could not be made.
+pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report, &str>, now: Timestamp) {
+    memory.tried = Some(now);
+    let state = &mut memory.state;
+    state.requested_at = request;
+    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
+    match result {
+        Ok(report) => {
+            state.last_run = Some(RunSummary {
+                time: Time(whole_seconds(now)),
+                scanned_blobs: number(report.scanned_blobs),
+                deleted_blobs: number(report.deleted_blobs),
+                freed_bytes: number(report.freed_bytes),
+                freed: human_size(report.freed_bytes),
+                dropped_revisions: number(report.dropped_history.len() as u64),
+                dry_run: report.dry_run,
+            });
+            state.over_limit = report
+                .over_limit
+                .as_ref()
+                .map(|over| truncate(&over_limit(over), MAX_TEXT));
+            state.problem = report.blocked.first().map(|problem| {
+                let more = report.blocked.len() - 1;
+                let others = if more > 0 {
+                    format!(" (and {more} more)")
+                } else {
+                    String::new()
+                };
+                truncate(
+                    &format!(
+                        "nothing was deleted, because {} cannot be read: {}{others}",
+                        problem.path, problem.message
+                    ),
+                    MAX_TEXT,
+                )
+            });
+        }
+        Err(problem) => state.problem = Some(truncate(problem, MAX_TEXT)),
+    }
+}
+
+/// Bytes per cause, the largest first.
+fn over_limit(over: &retention::OverLimit) -> String {
+    let causes = &over.causes;
+    let mut causes = [
+        ("live manifests", causes.current),
+        ("layers and mounts", causes.in_use),
+        ("builds under way", causes.building),
+        ("fresh contents", causes.fresh),
+        ("history", causes.history),
+        ("manifests", causes.manifests),
+        ("images", causes.images),
+    ];
+    causes.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    let causes: Vec<String> = causes
+        .iter()
+        .filter(|(_, bytes)| *bytes > 0)
+        .map(|(cause, bytes)| format!("{cause} {}", human_size(*bytes)))
+        .collect();
+    let limit = match (over.max_size, over.min_free) {
+        (Some(max), _) if over.size > max => format!("{} of at most {}", human_size(over.size), human_size(max)),
+        (_, Some(min)) => format!("{} free of at least {}", human_size(over.free), human_size(min)),
+        _ => human_size(over.size),
+    };
+    format!("{limit}: {}", causes.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn policy(rules: serde_json::Value) -> ProjectedPolicy {
+        serde_json::from_value(json!({"name": "p", "uid": "u", "generation": 1, "rules": rules})).unwrap()
+    }
+
+    fn at(text: &str) -> Timestamp {
+        text.parse().unwrap()
+    }
+
+    fn ran(memory: &mut Memory, time: &str) {
+        memory.tried = Some(at(time));
+    }
+
+    #[test]
+    fn a_schedule_runs_from_when_the_policy_was_first_seen_and_a_missed_run_is_made_up_once() {
+        let policy = policy(json!({"schedule": "0 3 * * *"}));
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&policy), "n", at("2026-01-01T12:00:00Z"));
+        assert_eq!(memory.state.next_run, Some(Time(at("2026-01-02T03:00:00Z"))));
+        assert_eq!(
+            due(&memory, Some(&policy), "n", at("2026-01-01T12:00:01Z")),
+            Due::At(at("2026-01-02T03:00:00Z"))
+        );
+        // Three days later the agent comes back.
+        assert_eq!(due(&memory, Some(&policy), "n", at("2026-01-04T10:00:00Z")), Due::Now);
+        ran(&mut memory, "2026-01-04T10:00:00Z");
+        assert_eq!(
+            due(&memory, Some(&policy), "n", at("2026-01-04T10:00:01Z")),
+            Due::At(at("2026-01-05T03:00:00Z"))
+        );
+    }
+
+    #[test]
+    fn a_request_is_due_once() {
+        let mut policy = policy(json!({}));
+        let mut memory = Memory::default();
+        let now = at("2026-01-01T12:00:00Z");
+        adopt(&mut memory, Some(&policy), "n", now);
+        assert!(matches!(due(&memory, Some(&policy), "n", now), Due::At(_)));
+        policy.requested_at = Some("1".into());
+        assert_eq!(due(&memory, Some(&policy), "n", now), Due::Now);
+        note(&mut memory, policy.requested_at.clone(), Err("disk on fire"), now);
+        assert!(matches!(due(&memory, Some(&policy), "n", now), Due::At(_)));
+        assert_eq!(memory.state.problem.as_deref(), Some("disk on fire"));
+    }
+
+    #[test]
+    fn a_suspended_or_bad_policy_never_runs() {
+        let now = at("2026-01-01T12:00:00Z");
+        for rules in [
+            json!({"suspend": true}),
+            json!({"maxAge": "soon"}),
+            json!({"schedule": "never"}),
+        ] {
+            let mut policy = policy(rules.clone());
+            policy.requested_at = Some("1".into());
+            let mut memory = Memory::default();
+            adopt(&mut memory, Some(&policy), "n", now);
+            assert_eq!(
+                due(&memory, Some(&policy), "n", at("2027-01-01T12:00:00Z")),
+                Due::Never,
+                "{rules}"
+            );
+            assert_eq!(
+                memory.state.problem.is_some(),
+                rules.get("suspend").is_none(),
+                "{rules}"
+            );
+        }
+    }
+
+    #[test]
+    fn another_policy_starts_with_a_clean_memory() {
+        let now = at("2026-01-01T12:00:00Z");
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&policy(json!({}))), "n", now);
+        note(&mut memory, None, Err("no disk"), now);
+        let kept = memory.clone();
+        adopt(&mut memory, Some(&policy(json!({}))), "n", at("2026-01-01T14:00:00Z"));
+        assert_eq!(memory.state.problem, kept.state.problem);
+        adopt(&mut memory, None, "n", now);
+        assert_eq!(
+            (&memory.state.problem, &memory.state.policy_uid, &memory.tried),
+            (&None, &None, &None)
+        );
+    }
+
+    #[test]
+    fn jitter_is_bounded_and_differs_between_nodes() {
+        let longest = Duration::from_secs(600);
+        let delays: std::collections::BTreeSet<_> = (0..50).map(|i| jitter(&format!("n{i}"), "u", longest)).collect();
+        assert!(delays.len() > 30 && delays.iter().all(|delay| *delay <= longest));
+        assert_eq!(jitter("n", "u", longest), jitter("n", "u", longest));
+        assert_eq!(jitter("n", "u", Duration::ZERO), Duration::ZERO);
+    }
+}

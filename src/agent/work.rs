@@ -1,0 +1,133 @@
+//! What the node's loop has done on other threads, and what comes back.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant, SystemTime};
+
+use super::builds::{Builder, Ended, MountedLayers};
+use super::plan::Goal;
+use super::{retention, saved};
+use crate::api::{NodeStore, Parsed, ProjectedManifest, ProjectedPolicy, StoreUsage, human_size};
+use crate::cluster::{ObjectKey, WriteError};
+use crate::store::{self, Ref, RefName, Report};
+
+/// What ended on another thread.
+pub enum Done {
+    Built(Box<Built>),
+    Retired {
+        key: ObjectKey,
+        stored: Result<Option<Box<Ref>>, String>,
+    },
+    Collected(Box<Collected>),
+    Saved(Result<(), saved::FileError>),
+    Counted(Counted),
+    Written(Result<Box<Parsed<NodeStore>>, WriteError>),
+}
+
+/// A build's end.
+pub struct Built {
+    pub goal: Goal,
+    pub key: ObjectKey,
+    pub took: Duration,
+    pub result: Result<(), Ended>,
+    pub stored: Option<Ref>,
+    pub counted: Counted,
+}
+
+/// A retention run's end.
+pub struct Collected {
+    pub request: Option<String>,
+    pub result: Result<Report, String>,
+    pub refs: Option<BTreeMap<ObjectKey, Ref>>,
+    pub counted: Counted,
+}
+
+/// What the store takes, and what of it cannot be read.
+pub struct Counted {
+    pub usage: Option<StoreUsage>,
+    pub problem: Option<String>,
+}
+
+/// Builds a manifest's tree. What was a problem before is looked at again.
+pub fn build(
+    builder: &Builder,
+    manifest: &ProjectedManifest,
+    mounted: &MountedLayers,
+    cancel: &AtomicBool,
+    had_problem: bool,
+) -> Built {
+    let started = Instant::now();
+    let key = ObjectKey::new(&manifest.namespace, &manifest.name);
+    let result = builder.build(manifest, mounted, cancel);
+    let took = started.elapsed();
+    let stored = read_ref(builder, &key);
+    let counted = count(builder, had_problem);
+    Built {
+        goal: Goal::of(manifest),
+        key,
+        took,
+        result,
+        stored,
+        counted,
+    }
+}
+
+/// Makes the tree of a manifest that the node lost history.
+pub fn retire(builder: &Builder, key: ObjectKey, owner: &str) -> Done {
+    let stored = RefName::new(&key.namespace, &key.name).and_then(|name| {
+        builder.store.retire(&name, owner, SystemTime::now())?;
+        builder.store.get_ref(&name)
+    });
+    let stored = stored
+        .map(|stored| stored.map(Box::new))
+        .map_err(|error| error.to_string());
+    Done::Retired { key, stored }
+}
+
+/// Runs retention.
+pub fn collect(builder: &Builder, policy: Option<ProjectedPolicy>, had_problem: bool) -> Collected {
+    let result = retention::run(&builder.store, &builder.layers, policy.as_ref());
+    let request = policy.and_then(|policy| policy.requested_at);
+    let refs = read_refs(builder).ok().map(|(refs, _)| refs);
+    let counted = count(builder, had_problem);
+    Collected {
+        request,
+        result,
+        refs,
+        counted,
+    }
+}
+
+fn read_ref(builder: &Builder, key: &ObjectKey) -> Option<Ref> {
+    let name = RefName::new(&key.namespace, &key.name).ok()?;
+    builder.store.get_ref(&name).ok()?
+}
+
+/// The refs of the store, and what is wrong with those that cannot be read.
+pub fn read_refs(builder: &Builder) -> Result<(BTreeMap<ObjectKey, Ref>, Option<String>), store::Error> {
+    let refs = builder.store.refs()?;
+    let problem = refs
+        .unreadable
+        .first()
+        .map(|problem| format!("{}: {}", problem.path, problem.message));
+    let refs = refs
+        .refs
+        .into_iter()
+        .map(|entry| (ObjectKey::new(entry.name.namespace(), entry.name.name()), entry));
+    Ok((refs.collect(), problem))
+}
+
+/// Counts what the store holds.
+pub fn count(builder: &Builder, had_problem: bool) -> Counted {
+    let usage = builder.store.blobs().ok().map(|(blobs, bytes)| StoreUsage {
+        blobs: i64::try_from(blobs).unwrap_or(i64::MAX),
+        stored_bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
+        stored: human_size(bytes),
+    });
+    // A ref that could not be read may have been written anew.
+    let problem = had_problem.then(|| read_refs(builder)).and_then(|refs| match refs {
+        Ok((_, problem)) => problem,
+        Err(error) => Some(error.to_string()),
+    });
+    Counted { usage, problem }
+}
