@@ -1,0 +1,11 @@
+//! Tests on a real API server.
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod agent;
+mod deploy;
+mod flow;
+mod harness;
+mod rest;
+mod rules;

@@ -1,0 +1,596 @@
+//! Each rule of the schemas, on the real API server: a bad object and the refusal, and a good one next to it.
+
+use kube::api::{DynamicObject, Patch, PatchParams, PostParams};
+use kube::core::{ApiResource, GroupVersionKind};
+use kube::{Api, Client};
+use larder::api::{DurationOrZero, Size, parse_duration, parse_size};
+use serde_json::{Value, json};
+
+use crate::support::{Cluster, repo, unique};
+
+/// Untyped, so that a test can send what the types could not hold.
+fn api(client: &Client, kind: &str, namespace: &str) -> Api<DynamicObject> {
+    let resource = ApiResource::from_gvk(&GroupVersionKind::gvk("larder.dev", "v1alpha1", kind));
+    let plural = match kind {
+        "RetentionPolicy" => "retentionpolicies".to_string(),
+        other => format!("{}s", other.to_lowercase()),
+    };
+    let resource = ApiResource { plural, ..resource };
+    match kind {
+        "CasManifest" | "WritableLayer" => Api::namespaced_with(client.clone(), namespace, &resource),
+        _ => Api::all_with(client.clone(), &resource),
+    }
+}
+
+fn object(kind: &str, name: &str, spec: &Value) -> DynamicObject {
+    serde_json::from_value(json!({
+        "apiVersion": "larder.dev/v1alpha1", "kind": kind, "metadata": {"name": name}, "spec": spec,
+    }))
+    .unwrap()
+}
+
+/// The smallest good spec of a kind.
+fn good(kind: &str) -> Value {
+    match kind {
+        "CasManifest" => json!({"source": {"directory": {"path": "/srv/tree"}}}),
+        "WritableLayer" => json!({"manifest": {"name": "tree"}, "nodeName": "node", "sizeLimit": "1Gi"}),
+        "RetentionPolicy" => json!({"nodeSelector": {}}),
+        "NodeStore" => json!({}),
+        other => panic!("{other}"),
+    }
+}
+
+/// JSON merge patch (RFC 7386): a null removes.
+fn merge(target: &mut Value, patch: &Value) {
+    let Value::Object(fields) = patch else {
+        *target = patch.clone();
+        return;
+    };
+    if !target.is_object() {
+        *target = json!({});
+    }
+    for (key, value) in fields {
+        match value {
+            Value::Null => {
+                target.as_object_mut().unwrap().remove(key);
+            }
+            value => merge(&mut target[key], value),
+        }
+    }
+}
+
+/// What the API server says to an object, which it checks and does not keep: nothing, or the refusal.
+async fn verdict(client: &Client, kind: &str, change: &Value) -> Result<(), String> {
+    let mut spec = good(kind);
+    merge(&mut spec, change);
+    let dry_run = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    match api(client, kind, "default")
+        .create(&dry_run, &object(kind, "checked", &spec))
+        .await
+    {
+        Ok(_) => Ok(()),
+        Err(kube::Error::Api(status)) if status.code == 422 => Err(status.message),
+        Err(error) => panic!("{kind} {change}: {error}"),
+    }
+}
+
+/// A change to the good spec of a kind: with no words it is taken, else refused in these words.
+type Case = (Value, &'static [&'static str]);
+
+async fn check(kind: &str, cases: &[Case]) {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    let mut wrong = Vec::new();
+    for (change, words) in cases {
+        let answer = verdict(&client, kind, change).await;
+        let right = match &answer {
+            Ok(()) => words.is_empty(),
+            Err(message) => !words.is_empty() && words.iter().all(|word| message.contains(word)),
+        };
+        if !right {
+            wrong.push(format!("{change}\n  expected {words:?}\n  got {answer:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{kind}:\n{}", wrong.join("\n"));
+}
+
+const TAKEN: &[&str] = &[];
+
+#[tokio::test]
+async fn casmanifest_rules() {
+    let long = |length: usize| "a".repeat(length);
+    let path = |path: &str| json!({"source": {"directory": {"path": path}}});
+    let exclude = |globs: Value| json!({"source": {"directory": {"exclude": globs}}});
+    let labels = |count: usize| {
+        let labels: serde_json::Map<String, Value> = (0..count).map(|n| (format!("l{n}"), json!(""))).collect();
+        json!({"nodeSelector": labels})
+    };
+    let layer = json!({"source": {"directory": null, "layer": {"name": "work"}}});
+    let mut placed_layer = layer.clone();
+    placed_layer["nodeSelector"] = json!({"a": "b"});
+    check(
+        "CasManifest",
+        &[
+            (json!({}), TAKEN),
+            (layer, TAKEN),
+            (json!({"source": null}), &["spec.source", "Required"]),
+            (
+                json!({"source": {"directory": null}}),
+                &["exactly one source must be set"],
+            ),
+            (
+                json!({"source": {"layer": {"name": "work"}}}),
+                &["exactly one source must be set"],
+            ),
+            (
+                placed_layer,
+                &["spec.nodeSelector", "a snapshot stays on its layer's node"],
+            ),
+            (
+                json!({"source": {"directory": null, "layer": {"name": ""}}}),
+                &["spec.source.layer.name"],
+            ),
+            (
+                json!({"source": {"directory": null, "layer": {"name": long(254)}}}),
+                &["spec.source.layer.name"],
+            ),
+            (path("/srv/with space/ünïcode"), TAKEN),
+            (path("/srv/..hidden/a..b"), TAKEN),
+            (path(&format!("/{}", long(1023))), TAKEN),
+            (path(&format!("/{}", long(1024))), &["spec.source.directory.path"]),
+            (path("srv/tree"), &["spec.source.directory.path"]),
+            (path("/"), &["spec.source.directory.path"]),
+            (path(""), &["spec.source.directory.path"]),
+            (path("/srv//tree"), &["spec.source.directory.path"]),
+            (path("/srv/tree/"), &["spec.source.directory.path"]),
+            (path("/srv/../etc"), &["the path may not contain . or .."]),
+            (path("/srv/.."), &["the path may not contain . or .."]),
+            (path("/srv/./tree"), &["the path may not contain . or .."]),
+            (exclude(json!(["**/*.tmp", "target"])), TAKEN),
+            (exclude(json!([""])), &["spec.source.directory.exclude[0]"]),
+            (exclude(json!([long(128)])), TAKEN),
+            (exclude(json!([long(129)])), &["spec.source.directory.exclude[0]"]),
+            (exclude(json!(vec!["a"; 16])), TAKEN),
+            (exclude(json!(vec!["a"; 17])), &["spec.source.directory.exclude"]),
+            (labels(16), TAKEN),
+            (labels(17), &["spec.nodeSelector"]),
+            (json!({"nodeSelector": {"larder.dev/pool": "build"}}), TAKEN),
+            // No node has such a label; a rule on keys would make a stored wrong value unwritable.
+            (json!({"nodeSelector": {"not a key": ""}}), TAKEN),
+            (json!({"nodeSelector": {"key": "not a value"}}), &["spec.nodeSelector"]),
+            (json!({"nodeSelector": {"key": long(63)}}), TAKEN),
+            (json!({"nodeSelector": {"key": long(64)}}), &["spec.nodeSelector"]),
+            (json!({"rebuildInterval": "1h"}), TAKEN),
+            (
+                json!({"rebuildInterval": "0s"}),
+                &["spec.rebuildInterval", "longer than zero"],
+            ),
+            (json!({"rebuildInterval": "soon"}), &["spec.rebuildInterval"]),
+            (json!({"revisionHistoryLimit": 0}), TAKEN),
+            (json!({"revisionHistoryLimit": 100}), TAKEN),
+            (json!({"revisionHistoryLimit": 101}), &["spec.revisionHistoryLimit"]),
+            (json!({"revisionHistoryLimit": -1}), &["spec.revisionHistoryLimit"]),
+            (json!({"suspend": true}), TAKEN),
+            (json!({"suspend": "yes"}), &["spec.suspend"]),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn writablelayer_rules() {
+    let limit = |limit: Value| json!({"sizeLimit": limit});
+    let owner = |uid: i64, gid: i64| json!({"owner": {"uid": uid, "gid": gid}});
+    check(
+        "WritableLayer",
+        &[
+            (json!({}), TAKEN),
+            (json!({"manifest": null}), &["spec.manifest", "Required"]),
+            (json!({"manifest": {"name": ""}}), &["spec.manifest.name"]),
+            (json!({"nodeName": null}), &["spec.nodeName", "Required"]),
+            (json!({"nodeName": ""}), &["spec.nodeName"]),
+            (json!({"mode": "Overlay"}), TAKEN),
+            (json!({"mode": "Tmpfs"}), TAKEN),
+            (json!({"mode": "tmpfs"}), &["spec.mode", "Overlay", "Tmpfs"]),
+            (limit(Value::Null), TAKEN),
+            (limit(json!("4Mi")), TAKEN),
+            (limit(json!(4 << 20)), TAKEN),
+            (limit(json!((4 << 20) - 1)), &["spec.sizeLimit", "at least 4Mi"]),
+            (limit(json!("0")), &["spec.sizeLimit", "at least 4Mi"]),
+            (owner(0, 0), TAKEN),
+            (owner(4_294_967_294, 4_294_967_294), TAKEN),
+            (owner(-1, 0), &["spec.owner.uid"]),
+            (owner(0, 4_294_967_295), &["spec.owner.gid"]),
+            (json!({"owner": {"uid": 1}}), &["spec.owner.gid", "Required"]),
+        ],
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn retentionpolicy_rules() {
+    let field = |name: &str, value: Value| json!({name: value});
+    let mut cases: Vec<Case> = vec![
+        (json!({}), TAKEN),
+        (json!({"nodeSelector": null}), &["spec.nodeSelector", "Required"]),
+        (json!({"nodeSelector": 5}), &["spec.nodeSelector"]),
+        (field("priority", json!(-1_000_000)), TAKEN),
+        (field("priority", json!(1_000_001)), &["spec.priority"]),
+        (field("minCopies", json!(1)), TAKEN),
+        (field("minCopies", json!(0)), &["spec.minCopies"]),
+        (field("minCopies", json!(1001)), &["spec.minCopies"]),
+        (field("gracePeriod", json!("0s")), TAKEN),
+        (field("gracePeriod", json!("-1h")), &["spec.gracePeriod"]),
+        (field("jitter", json!("10m")), TAKEN),
+        (field("jitter", json!("10")), &["spec.jitter"]),
+        (field("maxAge", json!("0s")), &["spec.maxAge", "longer than zero"]),
+        (field("maxAge", json!({"days": 3})), &["spec.maxAge"]),
+        (field("timeZone", json!("Europe/Berlin")), TAKEN),
+        (field("timeZone", json!("America/Argentina/Buenos_Aires")), TAKEN),
+        (field("timeZone", json!("Etc/GMT+5")), TAKEN),
+        (field("timeZone", json!("")), &["spec.timeZone"]),
+        (field("timeZone", json!("../etc/passwd")), &["spec.timeZone"]),
+        (field("dryRun", json!(1)), &["spec.dryRun"]),
+    ];
+    for schedule in [
+        "@daily",
+        "0 3 * * *",
+        "*/5 * * * *",
+        "0 0-6/2 1,15 JAN-MAR MON-FRI",
+        "59 23 31 12 7",
+    ] {
+        cases.push((field("schedule", json!(schedule)), TAKEN));
+    }
+    for schedule in [
+        "",
+        "daily",
+        "@yesterday",
+        "0 3 * *",
+        "0 3 * * * *",
+        "60 3 * * *",
+        "0 24 * * *",
+        "0 3 0 * *",
+        "0 3 * 13 *",
+    ] {
+        cases.push((field("schedule", json!(schedule)), &["spec.schedule"]));
+    }
+    for share in ["0%", "10%", "100%", "1Gi", "0"] {
+        cases.push((field("minFree", json!(share)), TAKEN));
+    }
+    for share in ["101%", "-1%", "%", "1.5%", "010%", "ten"] {
+        cases.push((field("minFree", json!(share)), &["spec.minFree"]));
+    }
+    check("RetentionPolicy", &cases).await;
+}
+
+#[tokio::test]
+async fn nodestore_rules() {
+    let entry = json!({
+        "namespace": "a", "name": "b", "uid": "c", "generation": 1, "source": {"directory": {"path": "/x"}},
+        "revisionHistoryLimit": 3,
+    });
+    check(
+        "NodeStore",
+        &[
+            (json!({"manifests": vec![entry.clone(); 256]}), TAKEN),
+            (json!({"manifests": vec![entry; 257]}), &["spec.manifests", "256"]),
+        ],
+    )
+    .await;
+}
+
+/// Case C14: a size is read exactly or refused, by the API server and by larder alike.
+#[tokio::test]
+async fn sizes_mean_what_kubernetes_means_or_are_refused() {
+    let taken: &[(Value, u64)] = &[
+        (json!("1.5Gi"), 1_610_612_736),
+        (json!("10G"), 10_000_000_000),
+        (json!("1e3"), 1000),
+        (json!("1E3"), 1000),
+        (json!("1E"), 1_000_000_000_000_000_000),
+        (json!("1Ei"), 1 << 60),
+        (json!("500k"), 500_000),
+        (json!(".5Gi"), 536_870_912),
+        (json!("+5Gi"), 5_368_709_120),
+        (json!("0.1Ki"), 103),
+        (json!("2.1Gi"), 2_254_857_831),
+        (json!("2254857830400m"), 2_254_857_831),
+        (json!("7M"), 7_000_000),
+        (json!("7T"), 7_000_000_000_000),
+        (json!("0"), 0),
+        (json!(0), 0),
+        (json!(123_456), 123_456),
+        (json!("9223372036854775806"), i64::MAX as u64 - 1),
+        (json!(i64::MAX - 1), i64::MAX as u64 - 1),
+    ];
+    let refused = [
+        json!("100m"),
+        json!("-1"),
+        json!(-1),
+        json!("-1Gi"),
+        json!("8Ei"),
+        json!("9223372036854775807"),
+        json!("9223372036854775808"),
+        json!("100E"),
+        json!("1e30"),
+        json!("2E6024865272343"),
+        json!("1gi"),
+        json!("1GiB"),
+        json!("1 Gi"),
+        json!(" 1Gi"),
+        json!("0x10"),
+        json!("1_000"),
+        json!("٣Gi"),
+        json!("NaN"),
+        json!(""),
+        json!("500K"),
+        json!("."),
+        json!("1..5"),
+        json!(1.5),
+        json!(true),
+        json!({"a": 1}),
+        json!("1".repeat(33)),
+    ];
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    for (value, bytes) in taken {
+        let size: Size = serde_json::from_value(value.clone()).unwrap();
+        assert_eq!(size.bytes(), Ok(*bytes), "{value}");
+        assert_eq!(
+            verdict(&client, "RetentionPolicy", &json!({"maxSize": value})).await,
+            Ok(()),
+            "{value}"
+        );
+    }
+    for value in refused {
+        let size: Size = serde_json::from_value(value.clone()).unwrap();
+        size.bytes().expect_err(&value.to_string());
+        let refusal = verdict(&client, "RetentionPolicy", &json!({"maxSize": value})).await;
+        let refusal = refusal.expect_err(&format!("{value} was taken"));
+        assert!(refusal.contains("spec.maxSize"), "{value}: {refusal}");
+    }
+    assert_eq!(parse_size("10Gi"), Ok(10 << 30), "command lines follow the same rules");
+}
+
+/// Case C14, the durations.
+#[tokio::test]
+async fn durations_are_exact_or_refused() {
+    const HOUR: u64 = 3600;
+    let taken = [
+        ("30d", 30 * 24 * HOUR),
+        ("2w", 14 * 24 * HOUR),
+        ("36h", 36 * HOUR),
+        ("1h30m", HOUR + 1800),
+        ("90s", 90),
+        ("1d12h", 36 * HOUR),
+    ];
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    for (text, seconds) in taken {
+        assert_eq!(parse_duration(text).unwrap().as_secs(), seconds, "{text}");
+        assert_eq!(
+            verdict(&client, "RetentionPolicy", &json!({"maxAge": text})).await,
+            Ok(()),
+            "{text}"
+        );
+    }
+    let refused = [
+        "30",
+        "-1h",
+        "1.5.5h",
+        "P30D",
+        "99999999999w",
+        "1M",
+        "",
+        "soon",
+        "12h1d",
+        "1h 30m",
+        "1h1h",
+        "h",
+        "1.5h",
+    ];
+    for text in refused {
+        parse_duration(text).expect_err(text);
+        let refusal = verdict(&client, "RetentionPolicy", &json!({"maxAge": text})).await;
+        let refusal = refusal.expect_err(&format!("{text:?} was taken"));
+        assert!(refusal.contains("spec.maxAge"), "{text:?}: {refusal}");
+    }
+    // No age at all is a slip; no grace is a choice.
+    let zero: DurationOrZero = serde_json::from_value(json!("0s")).unwrap();
+    assert!(zero.get().unwrap().is_zero());
+    verdict(&client, "RetentionPolicy", &json!({"maxAge": "0s"}))
+        .await
+        .expect_err("maxAge 0s was taken");
+    assert_eq!(
+        verdict(&client, "RetentionPolicy", &json!({"gracePeriod": "0s"})).await,
+        Ok(())
+    );
+}
+
+#[tokio::test]
+async fn what_a_layer_stands_on_cannot_be_changed_and_its_limit_only_grows() {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    let namespace = cluster.namespace("rules").await;
+    let layers = api(&client, "WritableLayer", &namespace);
+    let mut spec = good("WritableLayer");
+    spec["owner"] = json!({"uid": 1, "gid": 1});
+    layers
+        .create(&PostParams::default(), &object("WritableLayer", "owned", &spec))
+        .await
+        .unwrap();
+    let plain = json!({"manifest": {"name": "tree"}, "nodeName": "node"});
+    layers
+        .create(&PostParams::default(), &object("WritableLayer", "plain", &plain))
+        .await
+        .unwrap();
+
+    let cases = [
+        (
+            "owned",
+            json!({"manifest": {"name": "other"}}),
+            "manifest cannot be changed",
+        ),
+        ("owned", json!({"nodeName": "other"}), "nodeName cannot be changed"),
+        ("owned", json!({"mode": "Tmpfs"}), "mode cannot be changed"),
+        ("owned", json!({"owner": {"uid": 2}}), "owner cannot be changed"),
+        ("owned", json!({"owner": null}), "owner cannot be changed"),
+        (
+            "plain",
+            json!({"owner": {"uid": 2, "gid": 2}}),
+            "owner cannot be changed",
+        ),
+        ("owned", json!({"sizeLimit": "1G"}), "sizeLimit may only grow"),
+        ("owned", json!({"sizeLimit": null}), "sizeLimit may only grow"),
+        ("owned", json!({"sizeLimit": "1024Mi"}), ""),
+        ("owned", json!({"sizeLimit": "2Gi"}), ""),
+        ("plain", json!({"sizeLimit": "2Gi"}), ""),
+    ];
+    for (name, change, words) in cases {
+        let patch = Patch::Merge(json!({"spec": change}));
+        match layers.patch(name, &PatchParams::default(), &patch).await {
+            Ok(_) => assert_eq!(words, "", "{name} {change} was taken"),
+            Err(kube::Error::Api(status)) => {
+                assert_eq!(status.code, 422, "{name} {change}: {}", status.message);
+                assert!(
+                    !words.is_empty() && status.message.contains(words),
+                    "{name} {change}: {}",
+                    status.message
+                );
+            }
+            Err(error) => panic!("{name} {change}: {error}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_new_object_is_never_taken_for_ready() {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    let namespace = cluster.namespace("rules").await;
+    for kind in ["CasManifest", "WritableLayer", "RetentionPolicy", "NodeStore"] {
+        let new = object(kind, &unique("new"), &good(kind));
+        // Only looked at, so that it is in nobody's way.
+        let dry_run = PostParams {
+            dry_run: true,
+            ..PostParams::default()
+        };
+        let made = api(&client, kind, &namespace).create(&dry_run, &new).await.unwrap();
+        assert_eq!(made.data["status"], json!({"observedGeneration": -1}), "{kind}");
+    }
+}
+
+#[tokio::test]
+async fn layers_are_selected_by_their_node_on_the_server() {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    let namespace = cluster.namespace("rules").await;
+    let layers = api(&client, "WritableLayer", &namespace);
+    for node in ["one", "two"] {
+        let spec = json!({"manifest": {"name": "tree"}, "nodeName": node});
+        layers
+            .create(
+                &PostParams::default(),
+                &object("WritableLayer", &format!("on-{node}"), &spec),
+            )
+            .await
+            .unwrap();
+    }
+    let selected = layers
+        .list(&kube::api::ListParams::default().fields("spec.nodeName=two"))
+        .await
+        .unwrap();
+    let names: Vec<_> = selected
+        .items
+        .iter()
+        .filter_map(|layer| layer.metadata.name.as_deref())
+        .collect();
+    assert_eq!(names, ["on-two"]);
+}
+
+#[tokio::test]
+async fn short_names_and_columns_are_there() {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    let client = cluster.client().await;
+    let namespace = cluster.namespace("rules").await;
+    let manifest = object("CasManifest", "shown", &good("CasManifest"));
+    api(&client, "CasManifest", &namespace)
+        .create(&PostParams::default(), &manifest)
+        .await
+        .unwrap();
+    let table = cluster.kubectl_ok(["get", "casm", "-n", &namespace]);
+    let header: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(
+        header,
+        [
+            "NAME", "READY", "REASON", "FILES", "SIZE", "UNIQUE", "SAVED", "NODES", "AGE"
+        ]
+    );
+    for (short, plural) in [
+        ("casm", "casmanifests"),
+        ("wl", "writablelayers"),
+        ("retp", "retentionpolicies"),
+        ("nstore", "nodestores"),
+    ] {
+        let listed = cluster.kubectl_ok(["api-resources", "--api-group=larder.dev", "--no-headers"]);
+        assert!(
+            listed
+                .lines()
+                .any(|line| line.starts_with(plural) && line.split_whitespace().nth(1) == Some(short)),
+            "{listed}"
+        );
+    }
+}
+
+/// kubectl prints such a warning to every user who applies a CRD with a field that the server only half understands.
+#[tokio::test]
+async fn the_api_server_has_no_warnings_about_the_crds() {
+    let cluster = Cluster::shared().await;
+    let crds = repo().join("crds");
+    let dry_run = ["apply", "--server-side", "--force-conflicts", "--dry-run=server"];
+    let output = cluster.kubectl([&dry_run[..], &["-k", &crds.to_string_lossy()]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[tokio::test]
+async fn the_examples_are_taken_and_the_mistakes_answered() {
+    let cluster = Cluster::shared().await;
+    cluster.larder_crds().await;
+    cluster.ensure_namespace("demo").await;
+    let apply = |path: &std::path::Path| cluster.kubectl(["apply", "--dry-run=server", "-f", &path.to_string_lossy()]);
+    let examples = repo().join("examples");
+    let mut seen = 0;
+    for file in std::fs::read_dir(&examples).unwrap() {
+        let path = file.unwrap().path();
+        if path.extension().is_some_and(|extension| extension == "yaml") {
+            let output = apply(&path);
+            assert!(
+                output.status.success(),
+                "{}: {}",
+                path.display(),
+                String::from_utf8_lossy(&output.stderr)
+            );
+            seen += 1;
+        }
+    }
+    assert_eq!(seen, 6, "all examples were looked at");
+    // A path that no agent allows is a matter of each node, not of the schema.
+    assert!(apply(&examples.join("mistakes/outside.yaml")).status.success());
+    let output = apply(&examples.join("mistakes/two-sources.yaml"));
+    assert!(!output.status.success());
+    assert!(
+        String::from_utf8_lossy(&output.stderr).contains("exactly one source must be set"),
+        "{output:?}"
+    );
+}
