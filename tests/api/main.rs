@@ -7,5 +7,4 @@ mod agent;
 mod deploy;
 mod flow;
 mod harness;
-mod rest;
 mod rules;

@@ -1,4 +1,8 @@
-//! Rest: an idle cluster writes nothing.
+//! Rest: an idle cluster writes nothing. In a cluster of its own: a manifest of another test that selects every node
+//! would rightly change this node's plan.
+
+#[path = "../support/mod.rs"]
+mod support;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -8,7 +12,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use larder::api::RetentionPolicy;
 use serde_json::json;
 
-use crate::support::{PATIENCE, Site, eventually, unique, write_files};
+use support::{PATIENCE, Site, eventually, unique, write_files};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn two_minutes_of_rest_change_no_resource_version() {
