@@ -67,10 +67,10 @@ pub enum Error {
         source: io::Error,
     },
     #[error(
-        "cannot export {}: the file system cannot keep the time {seconds} (seconds since 1970)",
+        "cannot export {}: the file system cannot keep its time, {seconds} s and {nanos} ns since 1970",
         shown(path)
     )]
-    Time { path: Vec<u8>, seconds: i64 },
+    Time { path: Vec<u8>, seconds: i64, nanos: u32 },
     #[error("cannot export {}: {source}", shown(path))]
     ExportBlob { path: Vec<u8>, source: Box<Error> },
 }

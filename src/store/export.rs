@@ -15,6 +15,9 @@ use rustix::io::Errno;
 use super::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Node, Tree};
 use super::{Digest, Error, Store, files};
 
+/// With so many bytes free beside its value, an attribute is not refused for want of space.
+const ROOM_FOR_XATTR: u64 = 1 << 20;
+
 impl Store {
     /// Writes the tree into `into`, which must be an empty folder or not exist: contents, hard links, owners, modes,
     /// extended attributes and times, those of the root included. `owner` replaces the owner of every entry.
@@ -46,6 +49,7 @@ impl Store {
         rustix::fs::fchmod(&top, Mode::from_raw_mode(0o700)).map_err(error("change the mode of"))?;
         let mut export = Export {
             store: self,
+            top: top.as_fd(),
             tree,
             owner,
             reflink: true,
@@ -53,12 +57,14 @@ impl Store {
             link_dir: None,
             stack: Vec::new(),
         };
-        export.run(&top)
+        export.run()
     }
 }
 
 struct Export<'a> {
     store: &'a Store,
+    /// The folder that is written into.
+    top: BorrowedFd<'a>,
     tree: &'a Tree,
     owner: Option<(u32, u32)>,
     /// Does the file system share blocks? Until it has said no.
@@ -79,14 +85,14 @@ struct Level {
 }
 
 impl Export<'_> {
-    fn run(&mut self, top: &OwnedFd) -> Result<(), Error> {
+    fn run(&mut self) -> Result<(), Error> {
         let tree = self.tree;
         if tree.dirs.is_empty() {
             return Ok(());
         }
         // The parent of every folder, to find the way to the first name of a hard link.
         let mut parents = vec![None; tree.dirs.len()];
-        let mut current = self.open(top.as_fd(), ".")?;
+        let mut current = self.open(self.top, ".")?;
         self.push(Tree::ROOT, &current)?;
         while let Some(level) = self.stack.last_mut() {
             let dir = level.dir;
@@ -118,7 +124,7 @@ impl Export<'_> {
                         self.leaf(&current, name, tree.leaf(id))?;
                         self.names[id.0 as usize] = Some((dir, index));
                     }
-                    Some(first) => self.link(top, &current, name, id, first, &parents)?,
+                    Some(first) => self.link(&current, name, id, first, &parents)?,
                 },
             }
         }
@@ -166,17 +172,13 @@ impl Export<'_> {
             path.extend_from_slice(name);
             for (attribute, value) in &leaf.meta.xattrs {
                 rustix::fs::lsetxattr(path.as_slice(), &**attribute, value, XattrFlags::empty())
-                    .map_err(|e| self.xattr(attribute, e))?;
+                    .map_err(|e| self.xattr(attribute, value, e))?;
             }
         }
         let times = times(&leaf.meta);
         rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|e| self.error("set the time", e))?;
-        if is_extreme(&leaf.meta) {
-            let stat = rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
-            self.check_time(&leaf.meta, stat)?;
-        }
-        Ok(())
+        self.check_time(&leaf.meta, rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW))
     }
 
     fn file(&mut self, dir: &OwnedFd, name: &[u8], leaf: &Leaf, digest: &Digest, size: u64) -> Result<(), Error> {
@@ -218,7 +220,6 @@ impl Export<'_> {
     /// Another name for a leaf that has been written.
     fn link(
         &mut self,
-        top: &OwnedFd,
         dir: &OwnedFd,
         name: &[u8],
         leaf: LeafId,
@@ -234,7 +235,7 @@ impl Export<'_> {
                 way.push(names(parent));
                 at = parent.0;
             }
-            let mut fd = self.open(top.as_fd(), ".")?;
+            let mut fd = self.open(self.top, ".")?;
             while let Some(name) = way.pop() {
                 fd = self.open(fd.as_fd(), name)?;
             }
@@ -257,13 +258,10 @@ impl Export<'_> {
         rustix::fs::fchmod(file, mode).map_err(|e| self.error("set the mode", e))?;
         for (attribute, value) in &meta.xattrs {
             rustix::fs::fsetxattr(file, &**attribute, value, XattrFlags::empty())
-                .map_err(|e| self.xattr(attribute, e))?;
+                .map_err(|e| self.xattr(attribute, value, e))?;
         }
         rustix::fs::futimens(file, &times(meta)).map_err(|e| self.error("set the time", e))?;
-        if is_extreme(meta) {
-            self.check_time(meta, rustix::fs::fstat(file))?;
-        }
-        Ok(())
+        self.check_time(meta, rustix::fs::fstat(file))
     }
 
     /// After everything in the folder is written, which would have moved its time.
@@ -276,13 +274,14 @@ impl Export<'_> {
         (Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))
     }
 
-    /// File systems clamp times that they cannot keep, without an error.
+    /// File systems clamp and round times that they cannot keep, without an error.
     fn check_time(&self, meta: &Meta, stat: Result<rustix::fs::Stat, Errno>) -> Result<(), Error> {
         let stat = stat.map_err(|e| self.error("look at the entry", e))?;
         if (stat.st_mtime, stat.st_mtime_nsec as u32) != meta.mtime {
             return Err(Error::Time {
                 path: self.path(),
                 seconds: meta.mtime.0,
+                nanos: meta.mtime.1,
             });
         }
         Ok(())
@@ -300,7 +299,7 @@ impl Export<'_> {
     fn error(&self, action: &'static str, source: impl Into<io::Error>) -> Error {
         let source = source.into();
         match super::error::is_full(&source) {
-            true => self.store.inner.write_error("", 4096, source),
+            true => self.full(),
             false => Error::Export {
                 path: self.path(),
                 action,
@@ -309,9 +308,24 @@ impl Export<'_> {
         }
     }
 
-    fn xattr(&self, attribute: &[u8], source: Errno) -> Error {
-        if super::error::is_full(&source.into()) {
-            return self.error("set an extended attribute", source);
+    /// The disk that is written to, which need not be the store's, is full.
+    fn full(&self) -> Error {
+        Error::DiskFull {
+            needed: 4096,
+            free: self.free(),
+        }
+    }
+
+    fn free(&self) -> u64 {
+        // Unknown counts as none: the write has failed for want of space, so far as is known.
+        files::available(self.top).unwrap_or(0)
+    }
+
+    fn xattr(&self, attribute: &[u8], value: &[u8], source: Errno) -> Error {
+        // ext4 says "no space" of an attribute that does not fit into the one block that an inode has for them.
+        let has_room = source == Errno::NOSPC && self.free() > value.len() as u64 + ROOM_FOR_XATTR;
+        if super::error::is_full(&source.into()) && !has_room {
+            return self.full();
         }
         Error::Xattr {
             path: self.path(),
@@ -337,10 +351,6 @@ fn times(meta: &Meta) -> Timestamps {
             tv_nsec: meta.mtime.1.into(),
         },
     }
-}
-
-fn is_extreme(meta: &Meta) -> bool {
-    i32::try_from(meta.mtime.0).is_err()
 }
 
 /// Copies a blob's data, leaving its holes out.

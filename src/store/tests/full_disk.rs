@@ -25,8 +25,12 @@ fn run(command: &mut Command) {
     );
 }
 
-/// An ext4 of that size, mounted until the guard is dropped (its loop device goes with the mount).
 fn small_disk(dir: &Path, megabytes: u64) -> (PathBuf, Unmount) {
+    disk_of(dir, megabytes, "ext4", &["-m0"])
+}
+
+/// A file system of that size, mounted until the guard is dropped (its loop device goes with the mount).
+pub fn disk_of(dir: &Path, megabytes: u64, kind: &str, options: &[&str]) -> (PathBuf, Unmount) {
     assert!(
         rustix::process::geteuid().is_root(),
         "this test mounts a file system: run it as root"
@@ -34,7 +38,7 @@ fn small_disk(dir: &Path, megabytes: u64) -> (PathBuf, Unmount) {
     let (image, mount) = (dir.join("disk.img"), dir.join("disk"));
     fs::create_dir(&mount).unwrap();
     fs::File::create(&image).unwrap().set_len(megabytes << 20).unwrap();
-    run(Command::new("mkfs.ext4").args(["-q", "-m0"]).arg(&image));
+    run(Command::new(format!("mkfs.{kind}")).arg("-q").args(options).arg(&image));
     run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&mount));
     (mount.clone(), Unmount(mount))
 }
@@ -49,7 +53,7 @@ fn fill(path: &Path) {
     let _ = file.sync_all();
 }
 
-fn noise(seed: u64, length: usize) -> Vec<u8> {
+pub fn noise(seed: u64, length: usize) -> Vec<u8> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = || {
         state ^= state << 13;
@@ -60,7 +64,7 @@ fn noise(seed: u64, length: usize) -> Vec<u8> {
     std::iter::repeat_with(next).take(length).collect()
 }
 
-fn free(path: &Path) -> u64 {
+pub fn free(path: &Path) -> u64 {
     let stat = rustix::fs::statvfs(path).unwrap();
     stat.f_bavail * stat.f_frsize
 }

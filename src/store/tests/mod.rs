@@ -4,5 +4,6 @@ mod builds;
 mod collecting;
 mod exporting;
 mod full_disk;
+mod limits;
 mod refs;
 mod stress;
