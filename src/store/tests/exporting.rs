@@ -21,6 +21,19 @@ fn xattr(path: &Path, name: &str) -> Option<Vec<u8>> {
     }
 }
 
+/// The names of all extended attributes, sorted; not those that a security module of the host adds to every file.
+fn xattr_names(path: &Path) -> Vec<Vec<u8>> {
+    let mut list = vec![0; 4096];
+    let length = rustix::fs::llistxattr(path, &mut list[..]).unwrap();
+    let names = list[..length].split(|byte| *byte == 0).filter(|name| !name.is_empty());
+    let mut names: Vec<_> = names
+        .filter(|name| *name != b"security.selinux")
+        .map(<[u8]>::to_vec)
+        .collect();
+    names.sort();
+    names
+}
+
 fn full_meta(mode: u16, uid: u32, seconds: i64, xattrs: &[(&str, &[u8])]) -> Meta {
     Meta {
         mode,
@@ -130,6 +143,8 @@ fn everything_that_a_tree_keeps_is_written() {
         if !stat.is_symlink() {
             assert_eq!(stat.permissions().mode() & 0o7777, u32::from(meta.mode), "{at:?}");
         }
+        let expected: Vec<Vec<u8>> = meta.xattrs.iter().map(|(name, _)| name.to_vec()).collect();
+        assert_eq!(xattr_names(&at), expected, "{at:?}");
         for (name, value) in &meta.xattrs {
             let name = std::str::from_utf8(name).unwrap();
             assert_eq!(xattr(&at, name).as_deref(), Some(&**value), "{at:?} {name}");
