@@ -270,68 +270,89 @@ impl<'a> Planner<'a> {
     /// Rules 1 and 2.
     fn by_age(&mut self) {
         if let Some(max_age) = self.policy.max_age {
-            for (index, manifest) in self.facts.manifests.iter().enumerate() {
-                if manifest.live.is_none() && age(self.now, manifest.unused_since) >= max_age {
-                    self.drop_manifest(index, Reason::MaxAge);
-                }
-            }
+            let manifests = self.facts.manifests.iter().enumerate();
+            let old = manifests.filter(|(_, one)| one.live.is_none() && age(self.now, one.unused_since) >= max_age);
+            let old = old.map(|(index, _)| index).collect();
+            // All of them before any blob: what is too old goes for that, not for what its neighbours lost.
+            self.drop_manifests(old, Reason::MaxAge);
         }
-        for blob in 0..self.facts.blobs.len() {
-            for loser in self.look_at_blob(blob) {
-                self.drop_manifest(loser as usize, Reason::Incomplete);
-            }
-        }
+        self.settle((0..self.facts.blobs.len()).collect());
     }
 
-    /// Drops a manifest, and what follows from it by rule 2.
-    fn drop_manifest(&mut self, index: usize, reason: Reason) {
-        let mut todo = vec![(index, reason)];
-        while let Some((index, reason)) = todo.pop() {
-            if self.manifests[index].is_some() {
-                continue;
-            }
+    /// Drops manifests. Returns the blobs that they named, each once: their counts are lower now.
+    fn drop_manifests(&mut self, manifests: Vec<usize>, reason: Reason) -> Vec<usize> {
+        let facts = self.facts;
+        let mut named = Vec::new();
+        for index in manifests {
             self.manifests[index] = Some(reason);
-            let facts = self.facts;
             self.gone(facts.manifests[index].size);
             for blob in &facts.manifests[index].blobs {
                 self.counts[*blob as usize] -= 1;
-                for other in self.look_at_blob(*blob as usize) {
-                    todo.push((other as usize, Reason::Incomplete));
+                named.push(*blob as usize);
+            }
+        }
+        named.sort_unstable();
+        named.dedup();
+        named
+    }
+
+    /// Rule 2 for blobs whose counts have changed, until nothing does any more.
+    ///
+    /// In rounds, each with the counts as they were at its beginning, so that the reasons do not depend on an order.
+    fn settle(&mut self, mut blobs: Vec<usize>) {
+        loop {
+            let mut losers = Vec::new();
+            for blob in blobs {
+                match self.judge(blob) {
+                    Some(reason) => {
+                        self.drop_blob(blob, reason);
+                        let named_by = self.named_by.get(&(blob as u32)).into_iter().flatten();
+                        losers.extend(named_by.map(|index| *index as usize));
+                    }
+                    None => self.enqueue(blob),
                 }
             }
+            losers.retain(|index| self.manifests[*index].is_none());
+            losers.sort_unstable();
+            losers.dedup();
+            if losers.is_empty() {
+                return;
+            }
+            blobs = self.drop_manifests(losers, Reason::Incomplete);
         }
     }
 
-    /// Rule 2 for one blob. Returns the history that loses it.
-    fn look_at_blob(&mut self, index: usize) -> Vec<u32> {
+    fn may_go(&self, index: usize) -> bool {
         let blob = &self.facts.blobs[index];
-        if !blob.present || self.live[index] || self.blobs[index].is_some() || self.is_fresh(blob.last_used) {
-            return Vec::new();
-        }
+        blob.present && !self.live[index] && self.blobs[index].is_none() && !self.is_fresh(blob.last_used)
+    }
+
+    /// Why a blob goes by rule 2, if it does.
+    fn judge(&self, index: usize) -> Option<Reason> {
         let count = self.counts[index];
-        let limit = match count {
-            0 => Some(self.policy.max_age.unwrap_or(UNREFERENCED_AGE)),
-            _ => self.policy.max_age,
-        };
-        let few = count < self.policy.min_copies;
-        if few && limit.is_some_and(|limit| age(self.now, blob.last_used) >= limit) {
-            let reason = match count {
-                0 => Reason::Unreferenced,
-                _ => Reason::MinCopies,
-            };
-            self.drop_blob(index, reason);
-            return self.named_by.get(&(index as u32)).cloned().unwrap_or_default();
+        if count >= self.policy.min_copies || !self.may_go(index) {
+            return None;
         }
-        if count == 0
-            && let Some(queue) = &mut self.queue
-        {
+        let (limit, reason) = match count {
+            0 => (self.policy.max_age.unwrap_or(UNREFERENCED_AGE), Reason::Unreferenced),
+            _ => (self.policy.max_age?, Reason::MinCopies),
+        };
+        (age(self.now, self.facts.blobs[index].last_used) >= limit).then_some(reason)
+    }
+
+    /// While limits are enforced, a blob that nothing names waits for its turn.
+    fn enqueue(&mut self, index: usize) {
+        if self.counts[index] != 0 || !self.may_go(index) {
+            return;
+        }
+        if let Some(queue) = &mut self.queue {
+            let blob = &self.facts.blobs[index];
             queue.push(Reverse(Candidate {
                 last_used: blob.last_used,
                 name: *blob.digest.as_bytes(),
                 what: What::Blob(index),
             }));
         }
-        Vec::new()
     }
 
     fn drop_blob(&mut self, index: usize, reason: Reason) {
@@ -388,11 +409,8 @@ impl<'a> Planner<'a> {
             }
         }
         self.queue = Some(BinaryHeap::new());
-        for index in (0..facts.blobs.len())
-            .filter(|index| self.counts[*index] == 0)
-            .collect::<Vec<_>>()
-        {
-            self.look_at_blob(index);
+        for blob in 0..facts.blobs.len() {
+            self.enqueue(blob);
         }
         for (index, manifest) in facts.manifests.iter().enumerate() {
             let may_go = manifest.live.is_none() && self.manifests[index].is_none();
@@ -410,7 +428,13 @@ impl<'a> Planner<'a> {
                 Some(Reverse(Candidate {
                     what: What::Manifest(index),
                     ..
-                })) => self.drop_manifest(index, reason),
+                })) => {
+                    // Perhaps it has lost a blob since it was put in the queue.
+                    if self.manifests[index].is_none() {
+                        let named = self.drop_manifests(vec![index], reason);
+                        self.settle(named);
+                    }
+                }
                 Some(Reverse(Candidate {
                     what: What::Blob(index),
                     ..

@@ -182,6 +182,40 @@ fn too_few_copies_take_history_with_them_until_nothing_changes() {
 }
 
 #[test]
+fn what_is_too_old_goes_for_its_age_even_if_it_also_lost_a_blob() {
+    let mut facts = Facts {
+        manifests: vec![manifest(1, None, 40, &[0]), manifest(2, None, 50, &[0])],
+        blobs: vec![blob(0, 1, 60)],
+        ..Facts::default()
+    };
+    let two = Policy {
+        min_copies: 2,
+        ..policy(Some(30))
+    };
+    for _ in 0..2 {
+        let plan = planned(&two, &facts);
+        assert_eq!(plan.manifests, [0, 1].map(|index| (index, Reason::MaxAge)));
+        assert_eq!(plan.blobs, [(0, Reason::Unreferenced)]);
+        facts.manifests.reverse();
+    }
+}
+
+#[test]
+fn blobs_that_go_together_go_for_one_reason() {
+    let facts = Facts {
+        manifests: vec![manifest(1, None, 5, &[0, 1])],
+        blobs: vec![blob(0, 1, 50), blob(1, 1, 50)],
+        ..Facts::default()
+    };
+    let two = Policy {
+        min_copies: 2,
+        ..policy(Some(30))
+    };
+    let plan = planned(&two, &facts);
+    assert_eq!(plan.blobs, [0, 1].map(|index| (index, Reason::MinCopies)));
+}
+
+#[test]
 fn no_copies_asked_for_means_that_unreferenced_blobs_stay() {
     let facts = Facts {
         blobs: vec![blob(0, 1, 500)],
@@ -363,23 +397,25 @@ fn any_policy() -> impl Strategy<Value = Policy> {
         })
 }
 
-/// What a plan takes, whatever the order of the facts.
-fn names(facts: &Facts, plan: &Plan) -> (Vec<TreeDigest>, Vec<Digest>, Vec<String>) {
-    let mut manifests: Vec<_> = plan
-        .manifests
-        .iter()
-        .map(|(index, _)| facts.manifests[*index].tree)
-        .collect();
-    let mut blobs: Vec<_> = plan.blobs.iter().map(|(index, _)| facts.blobs[*index].digest).collect();
-    let mut images: Vec<_> = plan
-        .images
-        .iter()
-        .map(|(index, _)| facts.images[*index].name.clone())
-        .collect();
-    manifests.sort();
-    blobs.sort();
-    images.sort();
-    (manifests, blobs, images)
+type Names = (Vec<(TreeDigest, Reason)>, Vec<(Digest, Reason)>, Vec<(String, Reason)>);
+
+/// What a plan takes and why, whatever the order of the facts.
+fn names(facts: &Facts, plan: &Plan) -> Names {
+    fn sorted<T: Ord>(taken: &[(usize, Reason)], name: impl Fn(usize) -> T) -> Vec<(T, Reason)> {
+        let mut names: Vec<_> = taken.iter().map(|(index, reason)| (name(*index), *reason)).collect();
+        names.sort();
+        names
+    }
+    (
+        sorted(&plan.manifests, |index| facts.manifests[index].tree),
+        sorted(&plan.blobs, |index| facts.blobs[index].digest),
+        sorted(&plan.images, |index| facts.images[index].name.clone()),
+    )
+}
+
+fn is_part(small: &[(usize, Reason)], large: &[(usize, Reason)]) -> bool {
+    let large: std::collections::HashSet<usize> = large.iter().map(|(index, _)| *index).collect();
+    small.iter().all(|(index, _)| large.contains(index))
 }
 
 /// The facts once the plan is carried out.
@@ -449,5 +485,19 @@ proptest! {
         let (one, other) = (planned(&policy, &facts), planned(&policy, &shuffled));
         prop_assert_eq!(names(&facts, &one), names(&shuffled, &other));
         prop_assert_eq!(one.over_limit, other.over_limit);
+    }
+
+    #[test]
+    fn a_smaller_size_takes_at_least_as_much(
+        facts in any_facts(),
+        policy in any_policy(),
+        one in 0u64..800,
+        other in 0u64..800,
+    ) {
+        let with = |max_size| planned(&Policy { max_size: Some(max_size), ..policy.clone() }, &facts);
+        let (small, large) = (with(one.min(other)), with(one.max(other)));
+        prop_assert!(is_part(&large.manifests, &small.manifests));
+        prop_assert!(is_part(&large.blobs, &small.blobs));
+        prop_assert!(is_part(&large.images, &small.images));
     }
 }
