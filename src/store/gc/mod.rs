@@ -82,6 +82,8 @@ pub struct Decision {
     pub message: String,
     pub count: u64,
     pub bytes: u64,
+    /// The first few of them by name: digests of blobs and manifests, file names of images.
+    pub samples: Vec<String>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -130,13 +132,15 @@ impl Store {
             history: Vec::new(),
             blocked: marked.blocked.clone(),
         };
-        match dry_run || !run.blocked.is_empty() {
-            true if dry_run => run.pretend(),
-            true => {}
-            false => {
-                run.execute()?;
-                // A ref that was rewritten on a full disk has used it up.
-                store.ensure_spare()?;
+        // What could not be read may need anything: then nothing goes, and a dry run promises nothing else.
+        if run.blocked.is_empty() {
+            match dry_run {
+                true => run.pretend(),
+                false => {
+                    run.execute()?;
+                    // A ref that was rewritten on a full disk has used it up.
+                    store.ensure_spare()?;
+                }
             }
         }
         Ok(run.report(dry_run, now))

@@ -1,6 +1,6 @@
 //! Carrying a plan out.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::time::SystemTime;
 
 use rustix::io::Errno;
@@ -14,22 +14,37 @@ use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifest
 
 /// Blobs that are removed under one taking of a shard's lock: a put waits for no more.
 const BATCH: usize = 64;
+/// Names that a report gives of what went for one reason.
+const SAMPLES: usize = 5;
+
+/// What went of one kind, for one reason.
+#[derive(Default)]
+pub(super) struct Tally {
+    count: u64,
+    bytes: u64,
+    /// The first by name, so that a dry run and the real one give the same.
+    samples: BTreeSet<String>,
+}
 
 /// A plan that is being carried out.
 pub(super) struct Run<'a> {
     pub store: &'a Inner,
     pub marked: &'a Marked,
     pub plan: &'a Plan,
-    pub tally: BTreeMap<(Kind, Reason), (u64, u64)>,
+    pub tally: BTreeMap<(Kind, Reason), Tally>,
     pub history: Vec<DroppedHistory>,
     pub blocked: Vec<Problem>,
 }
 
 impl Run<'_> {
-    fn count(&mut self, kind: Kind, reason: Reason, bytes: u64) {
-        let (count, sum) = self.tally.entry((kind, reason)).or_default();
-        *count += 1;
-        *sum += bytes;
+    fn count(&mut self, kind: Kind, reason: Reason, bytes: u64, name: impl ToString) {
+        let tally = self.tally.entry((kind, reason)).or_default();
+        tally.count += 1;
+        tally.bytes = tally.bytes.saturating_add(bytes);
+        tally.samples.insert(name.to_string());
+        if tally.samples.len() > SAMPLES {
+            tally.samples.pop_last();
+        }
     }
 
     fn note_history(&mut self, index: usize, name: &RefName, reason: Reason) {
@@ -43,19 +58,22 @@ impl Run<'_> {
     pub fn pretend(&mut self) {
         let (marked, plan) = (self.marked, self.plan);
         for (index, reason) in &plan.images {
-            self.count(Kind::Image, *reason, marked.facts.images[*index].size);
+            let image = &marked.facts.images[*index];
+            self.count(Kind::Image, *reason, image.size, &image.name);
         }
-        for (_, size) in &marked.orphans {
-            self.count(Kind::Manifest, Reason::Orphaned, *size);
+        for (tree, size) in &marked.orphans {
+            self.count(Kind::Manifest, Reason::Orphaned, *size, tree);
         }
         for (index, reason) in &plan.manifests {
             for name in &marked.history[*index] {
                 self.note_history(*index, name, *reason);
             }
-            self.count(Kind::Manifest, *reason, marked.facts.manifests[*index].size);
+            let manifest = &marked.facts.manifests[*index];
+            self.count(Kind::Manifest, *reason, manifest.size, manifest.tree);
         }
         for (index, reason) in &plan.blobs {
-            self.count(Kind::Blob, *reason, marked.facts.blobs[*index].size);
+            let blob = &marked.facts.blobs[*index];
+            self.count(Kind::Blob, *reason, blob.size, blob.digest);
         }
     }
 
@@ -76,7 +94,7 @@ impl Run<'_> {
         for (index, reason) in &plan.images {
             let image = &marked.facts.images[*index];
             if images::remove(store, &image.name, &image.tree)? {
-                self.count(Kind::Image, *reason, image.size);
+                self.count(Kind::Image, *reason, image.size, &image.name);
             }
         }
 
@@ -170,7 +188,7 @@ impl Run<'_> {
                 .leases
                 .unless_held(&tree, || files::remove_file(&store.dir, path.as_str()))
             {
-                Some(Ok(())) => self.count(Kind::Manifest, reason, size),
+                Some(Ok(())) => self.count(Kind::Manifest, reason, size, tree),
                 Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
                 None => {}
             }
@@ -264,7 +282,7 @@ impl Run<'_> {
                 Err(error) => return Err(Error::io("remove", store.path(&path), error)),
             }
             Inner::count_removed(&mut shard, blob.size);
-            self.count(Kind::Blob, *reason, blob.size);
+            self.count(Kind::Blob, *reason, blob.size, blob.digest);
         }
         Ok(())
     }
@@ -273,13 +291,14 @@ impl Run<'_> {
         let marked = self.marked;
         let decisions: Vec<Decision> = self
             .tally
-            .iter()
-            .map(|((kind, reason), (count, bytes))| Decision {
-                kind: *kind,
-                reason: *reason,
+            .into_iter()
+            .map(|((kind, reason), tally)| Decision {
+                kind,
+                reason,
                 message: reason.to_string(),
-                count: *count,
-                bytes: *bytes,
+                count: tally.count,
+                bytes: tally.bytes,
+                samples: tally.samples.into_iter().collect(),
             })
             .collect();
         let deleted = decisions.iter().filter(|decision| decision.kind == Kind::Blob);

@@ -59,6 +59,61 @@ fn a_dry_run_reports_the_same_and_deletes_nothing() {
 }
 
 #[test]
+fn a_dry_run_promises_no_deletion_that_something_unreadable_would_stop() {
+    let (_dir, store) = store();
+    publish(&store, "a", &[("f", b"garbage")]);
+    store.forget(&name("a")).unwrap();
+    publish(&store, "bad", &[("f", b"of the bad ref")]);
+    fs::write(store.root().join("refs/test/bad"), "{").unwrap();
+    let now = SystemTime::now();
+    for dry_run in [true, false] {
+        let report = store.collect(&nothing_kept(), &Trees(vec![]), dry_run, now).unwrap();
+        assert_eq!(report.blocked.len(), 1);
+        assert_eq!((report.deleted_blobs, report.freed_bytes), (0, 0), "dry run: {dry_run}");
+        assert_eq!(report.decisions, []);
+    }
+}
+
+#[test]
+fn a_decision_names_some_of_what_went() {
+    let (_dir, store) = store();
+    let contents: Vec<String> = (0..30).map(|number| format!("content {number}")).collect();
+    let files: Vec<(&str, &[u8])> = contents.iter().map(|text| (text.as_str(), text.as_bytes())).collect();
+    let revision = publish(&store, "a", &files);
+    store.forget(&name("a")).unwrap();
+    let now = SystemTime::now();
+    let dry = store.collect(&nothing_kept(), &Trees(vec![]), true, now).unwrap();
+    let wet = store.collect(&nothing_kept(), &Trees(vec![]), false, now).unwrap();
+    assert_eq!(dry.decisions, wet.decisions);
+    let [manifests, blobs] = &wet.decisions[..] else {
+        panic!("{:?}", wet.decisions);
+    };
+    assert_eq!(manifests.samples, [revision.digest.to_string()]);
+    assert_eq!((blobs.kind, blobs.count, blobs.samples.len()), (Kind::Blob, 30, 5));
+    let mut digests: Vec<String> = contents
+        .iter()
+        .map(|text| digest_of(text.as_bytes()).to_string())
+        .collect();
+    digests.sort();
+    assert_eq!(blobs.samples, digests[..5]);
+}
+
+#[test]
+fn garbage_without_bytes_goes_too() {
+    let (_dir, store) = store();
+    publish(&store, "a", &[("empty", b"")]);
+    publish(&store, "b", &[("f", b"x")]);
+    store.forget(&name("a")).unwrap();
+    // Cut off by a crash of the disk: as long as nothing needs it, garbage like any other.
+    let cut = blob_path(&store, &digest_of(b"never whole"));
+    fs::write(&cut, "").unwrap();
+    let report = collect(&store);
+    assert_eq!((report.scanned_blobs, report.deleted_blobs), (3, 2));
+    assert!(!exists(&store, b"") && !cut.exists() && exists(&store, b"x"));
+    assert_eq!(store.usage().unwrap().blobs, 1);
+}
+
+#[test]
 fn the_built_in_policy_keeps_history_and_young_blobs() {
     let (_dir, store) = store();
     publish(&store, "a", &[("f", b"old")]);
