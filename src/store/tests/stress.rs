@@ -13,7 +13,12 @@ fn content(number: u32) -> Vec<u8> {
     number.to_be_bytes().repeat(1 + number as usize % 50)
 }
 
+/// Half of the trees are one of a few, so that one is published again while a collection is about to drop it.
 fn files(rng: &mut StdRng) -> Vec<(String, Vec<u8>)> {
+    let rng = &mut match rng.random_bool(0.5) {
+        true => StdRng::seed_from_u64(rng.random_range(0..4)),
+        false => StdRng::seed_from_u64(rng.random()),
+    };
     let count = rng.random_range(1..12);
     (0..count)
         .map(|index| (format!("f{index}"), content(rng.random_range(0..60))))
@@ -62,6 +67,25 @@ fn build_and_check(store: &Store, rng: &mut StdRng) {
     }
 }
 
+/// Whatever a ref stands for now is whole. Under the ref's lock it stays what the ref stands for, so that there is
+/// no excuse for a tree that is gone. Returns how many trees were looked at.
+fn check_refs(store: &Store) -> u64 {
+    let mut checked = 0;
+    for number in 0..6 {
+        let name = name(&format!("r{number}"));
+        let hold = {
+            let _guard = store.inner.lock_ref(&name);
+            let current = store.get_ref(&name).unwrap().and_then(|entry| entry.current);
+            current.map(|revision| store.hold(&revision.digest).unwrap())
+        };
+        if let Some(hold) = hold {
+            check_tree(store, hold.tree());
+            checked += 1;
+        }
+    }
+    checked
+}
+
 fn drop_something(store: &Store, rng: &mut StdRng) {
     let name = name(&format!("r{}", rng.random_range(0..6)));
     match rng.random_bool(0.5) {
@@ -82,6 +106,7 @@ fn nothing_that_is_needed_is_lost_when_all_happens_at_once() {
     let end = Instant::now() + Duration::from_secs(seconds);
     let failed = AtomicBool::new(false);
     let (builds, collections, deleted) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU64::new(0));
+    let checked = AtomicU64::new(0);
     std::thread::scope(|scope| {
         for thread in 0..4 {
             let (store, failed, builds) = (&store, &failed, &builds);
@@ -100,6 +125,14 @@ fn nothing_that_is_needed_is_lost_when_all_happens_at_once() {
                 }
             });
         }
+        let (watched, watch_failed, watch_checked) = (&store, &failed, &checked);
+        scope.spawn(move || {
+            while Instant::now() < end && !watch_failed.load(Ordering::Relaxed) {
+                watch_checked.fetch_add(check_refs(watched), Ordering::Relaxed);
+                // Holds protect: looking all the time would leave the collections nothing to do.
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        });
         for _ in 0..2 {
             let (store, failed, collections, deleted) = (&store, &failed, &collections, &deleted);
             scope.spawn(move || {
@@ -114,9 +147,12 @@ fn nothing_that_is_needed_is_lost_when_all_happens_at_once() {
         }
     });
     let (builds, collections, deleted) = (builds.into_inner(), collections.into_inner(), deleted.into_inner());
-    println!("{builds} builds and removals, {collections} collections, {deleted} blobs deleted");
+    let checked = checked.into_inner();
+    println!(
+        "{builds} builds and removals, {collections} collections, {deleted} blobs deleted, {checked} trees checked"
+    );
     assert!(
-        builds > 20 && collections > 5 && deleted > 20,
+        builds > 20 && collections > 5 && deleted > 20 && checked > 20,
         "hardly anything happened"
     );
     check_all(&store);
