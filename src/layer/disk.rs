@@ -84,7 +84,13 @@ pub(super) fn grow(image: &Path, target: &Path, device: &[u8], size: u64) -> Res
     loopdev::set_capacity(&mount::open_device(device)?).context("grow the loop device of", image)?;
     let folder = File::open(target).context("open", target)?;
     let block = rustix::fs::fstatvfs(&folder).context("statvfs", target)?.f_bsize;
-    loopdev::resize_ext4(&folder, size / block.max(1)).context("grow the file system at", target)
+    match loopdev::resize_ext4(&folder, size / block.max(1)) {
+        Err(errno) if errno.raw_os_error() == Some(libc::EPERM) => Err(Error::Command {
+            command: format!("growing the file system at {}", target.display()),
+            message: "the kernel allows it only with CAP_SYS_RESOURCE, which the agent does not have here".to_owned(),
+        }),
+        result => result.context("grow the file system at", target),
+    }
 }
 
 /// Bytes in use on the file system that is mounted at `target`.

@@ -105,17 +105,33 @@ fn other_namespaces() -> io::Result<Vec<(String, Vec<Mount>)>> {
 
 /// Names processes that have something open on the file system `dev`, or their root or working folder there.
 pub(super) fn openers(dev: (u32, u32)) -> io::Result<Vec<String>> {
-    let dev = rustix::fs::makedev(dev.0, dev.1);
-    let on_it = |path: &Path| fs::metadata(path).is_ok_and(|m| m.dev() == dev);
+    let device = rustix::fs::makedev(dev.0, dev.1);
+    // A folder has its mount's device number. A file of an overlay may show that of the layer it lies in, so that open
+    // files are known by the mount that they were opened through.
+    let on_it = |path: &Path| fs::metadata(path).is_ok_and(|m| m.dev() == device);
     let mut users = Vec::new();
     for process in processes()? {
+        let mounts: HashSet<u32> = mountinfo::of_process(&process)
+            .unwrap_or_default()
+            .iter()
+            .filter(|mount| mount.dev == dev)
+            .map(|mount| mount.id)
+            .collect();
         let open = || {
-            ["fd", "map_files"].iter().any(|kind| {
-                // A process that cannot be looked into is only missing from a message.
-                fs::read_dir(process.join(kind)).is_ok_and(|mut all| all.any(|e| e.is_ok_and(|e| on_it(&e.path()))))
+            // A process that cannot be looked into is only missing from a message.
+            fs::read_dir(process.join("fdinfo")).is_ok_and(|mut files| {
+                files.any(|file| {
+                    let text = file
+                        .and_then(|file| fs::read_to_string(file.path()))
+                        .unwrap_or_default();
+                    let mount = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
+                    mount
+                        .and_then(|id| id.trim().parse().ok())
+                        .is_some_and(|id: u32| mounts.contains(&id))
+                })
             })
         };
-        if on_it(&process.join("cwd")) || on_it(&process.join("root")) || open() {
+        if on_it(&process.join("cwd")) || on_it(&process.join("root")) || (!mounts.is_empty() && open()) {
             users.push(describe(&process));
             if users.len() == SAMPLE {
                 break;
