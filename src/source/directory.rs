@@ -24,8 +24,11 @@ pub struct ScanOptions {
 
 /// Reads a folder into a tree, and its contents into a build.
 ///
-/// Everything is kept as it is, or the reading fails and names what could not be read. Blocks; ends soon after `cancel`
-/// is set.
+/// Everything is kept as it is, or the reading fails and names what could not be read. Blocks; begins no file after
+/// `cancel` is set.
+///
+/// A change through a shared memory mapping is seen only when the kernel notes a new time for it: not while the page
+/// waits for being written back. The tree then has bytes that were there, from before or after that change.
 ///
 /// # Errors
 /// [`Error::Unreadable`] or [`Error::Changed`] with the first entries concerned and their number, [`Error::InvalidGlob`],

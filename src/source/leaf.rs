@@ -3,6 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ pub(super) enum Trouble {
     Changed,
     /// It is no longer what the walk saw: its folder must be read again.
     Replaced,
+    /// Something else is mounted over it.
+    MountPoint,
+    Cancelled,
     /// Nothing of the tree can be stored.
     Store(store::Error),
 }
@@ -35,22 +39,28 @@ impl From<Errno> for Trouble {
         match errno {
             Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::STALE => Trouble::Replaced,
             Errno::NODATA => Trouble::Changed,
+            Errno::XDEV => Trouble::MountPoint,
             errno => Trouble::Errno(errno),
         }
     }
 }
 
-/// Reads the entry that had the status `seen` when the walk came by, and stores its content.
+/// Reads the entry that had the status `seen` when the walk came by, and stores its content. Nothing is begun after
+/// `cancel` is set.
 pub(super) fn read(
     folder: &OwnedFd,
     name: &CStr,
     seen: &Stat,
     build: &Build,
+    cancel: &AtomicBool,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
     let mut before = *seen;
     let mut tried = 1;
     loop {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(Trouble::Cancelled);
+        }
         match read_once(folder, name, &before, build, buffers) {
             Err(Trouble::Changed) if tried < TRIES => {
                 thread::sleep(PAUSE * (1 << tried));
@@ -75,9 +85,14 @@ fn read_once(
     build: &Build,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
+    if file_type(before) == FileType::RegularFile {
+        return read_file(folder, name, before, build, buffers);
+    }
+    // A place, which opens no device and no FIFO. All that follows is about this one inode, and it is no mount's: the
+    // status alone would be that of what is mounted there.
+    let place = open_beneath(folder, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC)?;
     let kind = match file_type(before) {
-        FileType::RegularFile => return read_file(folder, name, before, build, buffers),
-        FileType::Symlink => LeafKind::Symlink(readlinkat(folder, name, Vec::new())?.into_bytes().into()),
+        FileType::Symlink => LeafKind::Symlink(readlinkat(&place, c"", Vec::new())?.into_bytes().into()),
         FileType::CharacterDevice => {
             let (major, minor) = device(before);
             LeafKind::CharDevice { major, minor }
@@ -91,8 +106,8 @@ fn read_once(
         // A type that did not exist when this was written.
         _ => return Err(Trouble::Errno(Errno::NOTSUP)),
     };
-    let xattrs = buffers.at(folder, name)?;
-    if !same(before, &statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?) {
+    let xattrs = buffers.at(&place)?;
+    if !same(before, &fstat(&place)?) {
         return Err(Trouble::Changed);
     }
     Ok(Leaf {

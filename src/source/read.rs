@@ -4,19 +4,19 @@
 //! is bounded by the resulting tree, and open folders by a constant, whatever the depth.
 
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
-use rustix::fs::{AtFlags, FileType, Stat, fstat, statat};
+use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, statat};
 use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
 use super::leaf::{self, Trouble, device, file_type, meta, same};
 use super::xattrs::{Buffers, Xattrs};
-use crate::layer::descent::{Descent, names};
+use crate::layer::descent::{Descent, names, open_beneath};
 use crate::store::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Tree};
 use crate::store::{self, Build};
 
@@ -75,25 +75,30 @@ pub(super) fn read<R: Rules>(root: &OwnedFd, mut rules: impl FnMut() -> R, readi
 struct Frame {
     dir: DirId,
     below: Option<DirId>,
+    /// Its place in [`Walk::visits`].
+    visit: usize,
     /// Length of its path.
     path: usize,
     /// Folders in it that have not been entered, the first one last.
     folders: Vec<(CString, Stat)>,
 }
 
-/// A folder as it was, in the order of the walk.
+/// A folder as it was, in the order of the walk. Its path is not kept: in a deep tree, all paths together are longer
+/// than the tree is large.
 struct Visit {
+    /// The visit of the folder that it is in; the root's own for the root.
+    parent: usize,
     depth: usize,
     name: CString,
-    path: Vec<u8>,
     stat: Stat,
 }
 
 /// An entry that waits for being read.
 struct Pending {
     folder: Arc<OwnedFd>,
+    /// The visit of its folder.
+    visit: usize,
     name: CString,
-    path: Vec<u8>,
     stat: Stat,
     leaf: LeafId,
     order: u64,
@@ -136,7 +141,10 @@ impl<'a, R: Rules> Walk<'a, R> {
 
     fn run(&mut self) -> Result<(), Error> {
         let below = self.rules.below_root();
-        let mut frames: Vec<Frame> = self.folder(Tree::ROOT, below, c"".into())?.into_iter().collect();
+        let mut frames: Vec<Frame> = self
+            .folder(Tree::ROOT, below, (0, 0), c"".into())?
+            .into_iter()
+            .collect();
         while let Some(frame) = frames.last_mut() {
             if self.reading.cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
@@ -152,20 +160,21 @@ impl<'a, R: Rules> Walk<'a, R> {
                 }
                 continue;
             };
-            let (dir, below) = (frame.dir, frame.below);
+            let (dir, below, place) = (frame.dir, frame.below, (frame.visit, frames.len()));
             self.push(&name);
-            if let Some(frame) = self.enter(dir, below, name, &stat)? {
+            if let Some(frame) = self.enter(dir, below, place, name, &stat)? {
                 frames.push(frame);
             }
         }
         self.flush()
     }
 
-    /// Goes into a folder, if that can be.
+    /// Goes into a folder, if that can be. `place` is its parent's visit and its own depth.
     fn enter(
         &mut self,
         parent: DirId,
         below: Option<DirId>,
+        place: (usize, usize),
         name: CString,
         seen: &Stat,
     ) -> Result<Option<Frame>, Error> {
@@ -182,7 +191,7 @@ impl<'a, R: Rules> Walk<'a, R> {
             .tree
             .add_dir(parent, name.to_bytes(), Meta::default())
             .map_err(store::Error::from)?;
-        let frame = self.folder(dir, below, name)?;
+        let frame = self.folder(dir, below, place, name)?;
         if frame.is_none() && self.descent.leave().is_err() {
             self.fail(FailureKind::Changed);
         }
@@ -190,7 +199,13 @@ impl<'a, R: Rules> Walk<'a, R> {
     }
 
     /// Reads the current folder's attributes and names; what is no folder is read later.
-    fn folder(&mut self, dir: DirId, below: Option<DirId>, name: CString) -> Result<Option<Frame>, Error> {
+    fn folder(
+        &mut self,
+        dir: DirId,
+        below: Option<DirId>,
+        (parent, depth): (usize, usize),
+        name: CString,
+    ) -> Result<Option<Frame>, Error> {
         let looked = self.look();
         let (folder, stat, mut xattrs, names) = match looked {
             Ok(looked) => looked,
@@ -207,11 +222,11 @@ impl<'a, R: Rules> Walk<'a, R> {
             }
         };
         self.tree.dirs[dir.0 as usize].meta = meta(&stat, xattrs);
-        let depth = self.visits.last().map_or(0, |_| self.depth());
+        let visit = self.visits.len();
         self.visits.push(Visit {
+            parent,
             depth,
             name,
-            path: self.path.clone(),
             stat,
         });
         let below = below.filter(|_| !opaque);
@@ -220,7 +235,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         for name in &names {
             self.push(name);
             if !self.rules.excludes(&self.path) {
-                self.entry(&folder, dir, name, &mut folders)?;
+                self.entry(&folder, dir, visit, name, &mut folders)?;
             }
             self.path.truncate(length);
         }
@@ -231,13 +246,10 @@ impl<'a, R: Rules> Walk<'a, R> {
         Ok(Some(Frame {
             dir,
             below,
+            visit,
             path: length,
             folders,
         }))
-    }
-
-    fn depth(&self) -> usize {
-        self.path.iter().filter(|byte| **byte == b'/').count() + 1
     }
 
     fn look(&mut self) -> std::io::Result<(Arc<OwnedFd>, Stat, Xattrs, Vec<CString>)> {
@@ -252,6 +264,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         &mut self,
         folder: &Arc<OwnedFd>,
         dir: DirId,
+        visit: usize,
         name: &CString,
         folders: &mut Vec<(CString, Stat)>,
     ) -> Result<(), Error> {
@@ -280,6 +293,12 @@ impl<'a, R: Rules> Walk<'a, R> {
         }
         let inode = (stat.st_dev, stat.st_ino);
         if let Some(leaf) = self.links.get(&inode).filter(|_| stat.st_nlink > 1) {
+            // Opens nothing; fails if this is that inode only because it is mounted here.
+            let place = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            if let Err(errno) = open_beneath(folder, name, place) {
+                self.fail(error_kind(&errno.into()));
+                return Ok(());
+            }
             self.tree
                 .add_link(dir, name.to_bytes(), *leaf)
                 .map_err(store::Error::from)?;
@@ -298,14 +317,13 @@ impl<'a, R: Rules> Walk<'a, R> {
             self.links.insert(inode, leaf);
         }
         self.order += 1;
-        let (folder, path, order) = (folder.clone(), self.path.clone(), self.order);
         self.pending.push(Pending {
-            folder,
+            folder: folder.clone(),
+            visit,
             name: name.clone(),
-            path,
             stat,
             leaf,
-            order,
+            order: self.order,
         });
         if self.pending.len() >= BATCH {
             self.flush()
@@ -319,12 +337,12 @@ impl<'a, R: Rules> Walk<'a, R> {
         if self.reading.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let build = self.reading.build;
+        let (build, cancel) = (self.reading.build, self.reading.cancel);
         let pending = std::mem::take(&mut self.pending);
         let read: Vec<Result<Leaf, Trouble>> = pending
             .par_iter()
             .map_init(Buffers::new, |buffers, entry| {
-                leaf::read(&entry.folder, &entry.name, &entry.stat, build, buffers)
+                leaf::read(&entry.folder, &entry.name, &entry.stat, build, cancel, buffers)
             })
             .collect();
         for (entry, read) in pending.into_iter().zip(read) {
@@ -337,10 +355,13 @@ impl<'a, R: Rules> Walk<'a, R> {
                     Err(kind) => kind,
                 },
                 Err(Trouble::Store(error)) => return Err(error.into()),
+                Err(Trouble::Cancelled) => return Err(Error::Cancelled),
+                Err(Trouble::MountPoint) => FailureKind::MountPoint,
                 Err(Trouble::Errno(errno)) => FailureKind::Errno(errno.raw_os_error()),
                 Err(Trouble::Changed | Trouble::Replaced) => FailureKind::Changed,
             };
-            self.failures.add(entry.order, || entry.path, kind);
+            let path = || path_of(&self.visits, entry.visit, &entry.name);
+            self.failures.add(entry.order, path, kind);
         }
         Ok(())
     }
@@ -351,7 +372,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         let failed = |source| Error::io("open", "the source".as_ref(), source);
         let mut descent = Descent::new(root.try_clone().map_err(failed)?).map_err(failed)?;
         let mut depth = 0;
-        for visit in std::mem::take(&mut self.visits) {
+        for (at, visit) in self.visits.iter().enumerate() {
             let mut look = || -> std::io::Result<bool> {
                 if visit.depth > 0 {
                     while depth >= visit.depth {
@@ -365,7 +386,8 @@ impl<'a, R: Rules> Walk<'a, R> {
             };
             if !look().unwrap_or(false) {
                 self.order += 1;
-                self.failures.add(self.order, || visit.path, FailureKind::Changed);
+                let path = || path_of(&self.visits, at, c"");
+                self.failures.add(self.order, path, FailureKind::Changed);
                 // Where it would go on from is not certain any more; one change is enough for another pass.
                 return Ok(());
             }
@@ -384,6 +406,18 @@ impl<'a, R: Rules> Walk<'a, R> {
         self.order += 1;
         self.failures.add(self.order, || self.path.clone(), kind);
     }
+}
+
+/// The path of an entry of a visited folder, or with an empty name that of the folder.
+fn path_of(visits: &[Visit], mut visit: usize, name: &CStr) -> Vec<u8> {
+    let mut names = vec![name.to_bytes()];
+    while let Some(folder) = visits.get(visit).filter(|folder| folder.depth > 0) {
+        names.push(folder.name.to_bytes());
+        visit = folder.parent;
+    }
+    names.retain(|name| !name.is_empty());
+    names.reverse();
+    names.join(&b'/')
 }
 
 fn error_kind(error: &std::io::Error) -> FailureKind {

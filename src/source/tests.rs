@@ -1,11 +1,15 @@
 //! Awkward folders, and layers against their merged view. Needs root: it makes devices, owners and mounts.
 
+mod edges;
+mod layers;
+
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::rc::Rc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
@@ -267,18 +271,42 @@ fn a_namespace_reads_below_its_roots_only() {
 
 /// A layer over a published tree, unmounted when dropped.
 struct Mounted {
-    place: Place,
+    place: Rc<Place>,
     layers: Layers,
     spec: LayerSpec,
     path: PathBuf,
 }
 
 impl Mounted {
+    /// Over the place's source.
     fn over(place: Place, mode: layer::Mode) -> Self {
+        Self::owned(place, mode, None)
+    }
+
+    /// The same, with one owner for everything in it.
+    fn owned(place: Place, mode: layer::Mode, ids: Option<(u32, u32)>) -> Self {
         let build = place.store.build().unwrap();
         let tree = scan_of(&place.store, &place.source, &[], &build).unwrap();
         let tree = publish(build, &tree, "base");
         let layers = Layers::open(place.store.clone(), layer::Options::default()).unwrap();
+        Self::on(Rc::new(place), layers, tree, mode, ids)
+    }
+
+    /// Another layer, over this one's snapshot.
+    fn stacked(&self) -> Self {
+        let build = self.place.store.build().unwrap();
+        let tree = snapshot(&self.layers, &self.spec.id, &build, &AtomicBool::new(false)).unwrap();
+        let tree = publish(build, &tree, "snapshot");
+        Self::on(self.place.clone(), self.layers.clone(), tree, self.spec.mode, None)
+    }
+
+    fn on(
+        place: Rc<Place>,
+        layers: Layers,
+        tree: crate::store::TreeDigest,
+        mode: layer::Mode,
+        ids: Option<(u32, u32)>,
+    ) -> Self {
         let id: LayerId = uuid::Uuid::new_v4().to_string().parse().unwrap();
         let owner = LayerOwner {
             namespace: "ns".into(),
@@ -290,7 +318,7 @@ impl Mounted {
             tree,
             mode,
             size: Some(64 << 20),
-            ids: None,
+            ids,
         };
         let path = layers.prepare(&spec).unwrap().path;
         Self {
@@ -305,6 +333,10 @@ impl Mounted {
     fn both(&self) -> (Tree, Tree) {
         let build = self.place.store.build().unwrap();
         let snapshot = snapshot(&self.layers, &self.spec.id, &build, &AtomicBool::new(false)).unwrap();
+        // Mounted anew: until it is looked up again, a name whose hard link was made after its copy-up shows the inode
+        // number of the file below, and groups look torn that are whole.
+        rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::empty()).unwrap();
+        assert!(!self.layers.prepare(&self.spec).unwrap().reused);
         // The layer's own mount lies in the store, which is no source.
         let view = self.place.dir.path().join("view");
         fs::create_dir(&view).unwrap();

@@ -1,9 +1,8 @@
 //! Extended attributes of anything, without opening what must not be opened.
 
-use std::ffi::CStr;
 use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::fs::{fgetxattr, flistxattr, lgetxattr, llistxattr};
+use rustix::fs::{fgetxattr, flistxattr, getxattr, listxattr};
 use rustix::io::Errno;
 
 /// The kernel's limit for a list of names and for a value (xattr(7)).
@@ -37,14 +36,14 @@ impl Buffers {
         )
     }
 
-    /// The attributes of a name in an open folder, not following a link, and opening nothing.
-    pub fn at(&mut self, folder: impl AsFd, name: &CStr) -> Result<Xattrs, Errno> {
-        let mut path = format!("/proc/self/fd/{}/", folder.as_fd().as_raw_fd()).into_bytes();
-        path.extend_from_slice(name.to_bytes());
+    /// The same of a place (`O_PATH`), which may be a symlink.
+    pub fn at(&mut self, place: impl AsFd) -> Result<Xattrs, Errno> {
+        // The calls on descriptors refuse a place. This name leads to the inode itself, and no further if it is a link.
+        let path = format!("/proc/self/fd/{}", place.as_fd().as_raw_fd());
         let path = &path[..];
         self.read(
-            |names| llistxattr(path, names),
-            |name, value| lgetxattr(path, name, value),
+            |names| listxattr(path, names),
+            |name, value| getxattr(path, name, value),
         )
     }
 
