@@ -168,7 +168,7 @@ fn a_file_of_a_layer_that_never_stays_the_same_is_named() {
     let place = Place::new();
     let mounted = Mounted::over(place, layer::Mode::Tmpfs);
     let mut file = fs::File::create(mounted.path.join("busy")).unwrap();
-    file.set_len(60 << 20).unwrap();
+    file.set_len(super::edges::LONG).unwrap();
     let build = mounted.place.store.build().unwrap();
     let stop = AtomicBool::new(false);
     let error = std::thread::scope(|scope| {
