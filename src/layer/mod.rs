@@ -249,11 +249,36 @@ impl Holders for Layers {
         })?;
         let mut trees: Vec<TreeDigest> = records.iter().map(|record| record.tree).collect();
         let mounts = mountinfo::of_self().map_err(|e| io("/proc/self/mountinfo", e))?;
-        trees.extend(mounts.iter().filter_map(mounted_tree));
+        let images = self.0.store.images_dir();
+        let images = fs::canonicalize(&images).unwrap_or(images);
+        trees.extend(
+            mounts
+                .iter()
+                .filter(|mount| !is_elsewhere(mount, &images))
+                .filter_map(mounted_tree),
+        );
         trees.sort();
         trees.dedup();
         Ok(Held { trees, unreadable })
     }
+}
+
+/// Whether a mount surely stands on another store's copies: each of its lower folders is named, and none lies below
+/// `images`. A mount that does not say where it stands counts as this store's.
+fn is_elsewhere(mount: &mountinfo::Mount, images: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt;
+    let options = mount.options.split(|byte| *byte == b',');
+    let lowers: Vec<&Path> = options
+        .filter_map(|option| {
+            option
+                .strip_prefix(b"lowerdir+=")
+                .or_else(|| option.strip_prefix(b"lowerdir="))
+        })
+        .map(|lower| Path::new(std::ffi::OsStr::from_bytes(lower)))
+        .collect();
+    // A path by descriptor, or one that a comma cut, names nothing.
+    let named = |lower: &&Path| lower.parent().is_some_and(|folder| folder.ends_with("images"));
+    !lowers.is_empty() && lowers.iter().all(|lower| named(lower) && !lower.starts_with(images))
 }
 
 /// The tree that a mount shows.

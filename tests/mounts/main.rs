@@ -449,6 +449,20 @@ fn odd_characters_in_the_stores_path_mean_nothing() {
 }
 
 #[test]
+fn mounts_of_another_store_hold_nothing_here() {
+    let (here, there) = (Site::new(), Site::new());
+    let spec = there.spec(Mode::Tmpfs);
+    there.layers.prepare(&spec).unwrap();
+    assert!(there.layers.held().unwrap().trees.contains(&there.tree));
+    let held = here.layers.held().unwrap();
+    assert!(
+        !held.trees.contains(&there.tree),
+        "a tree that this store never had would stop its collections"
+    );
+    there.layers.release(&spec.id, false).unwrap();
+}
+
+#[test]
 fn a_collection_keeps_the_tree_of_a_layer_and_takes_it_when_the_layer_is_gone() {
     let site = Site::new();
     let spec = site.spec(Mode::Tmpfs);
