@@ -9,7 +9,7 @@ use super::{MAX_MESSAGE, truncate};
 pub const READY: &str = "Ready";
 pub const RECONCILING: &str = "Reconciling";
 pub const STALLED: &str = "Stalled";
-/// On a RetentionPolicy or NodeStore: live content alone is more than the policy allows.
+/// On a RetentionPolicy: live content alone is more than the policy allows.
 pub const OVER_LIMIT: &str = "OverLimit";
 /// On a RetentionPolicy: another policy governs nodes that this one selects.
 pub const SHADOWED: &str = "Shadowed";

@@ -1,11 +1,13 @@
 //! `WritableLayer`: a copy-on-write folder over a tree, on one node.
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
+use kube::core::Rule;
 use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Size;
+use super::size::cel_has_form;
 
 /// A writable folder over the tree of a CasManifest, on one node. The tree itself never changes.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -48,23 +50,8 @@ use super::Size;
     validation = Rule::new("has(self.owner) == has(oldSelf.owner) && (!has(self.owner) || self.owner == oldSelf.owner)")
         .message("owner cannot be changed")
         .field_path(".owner"),
-    // A size that breaks the pattern is refused by its own schema; here it must not reach quantity().
-    validation = Rule::new(
-        "!has(oldSelf.sizeLimit) || (has(self.sizeLimit) && \
-         (!string(self.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
-         !string(oldSelf.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
-         !isQuantity(string(self.sizeLimit)) || !isQuantity(string(oldSelf.sizeLimit)) || \
-         !quantity(string(self.sizeLimit)).isLessThan(quantity(string(oldSelf.sizeLimit)))))"
-    )
-    .message("sizeLimit may only grow")
-    .field_path(".sizeLimit"),
-    validation = Rule::new(
-        "!has(self.sizeLimit) || \
-         !string(self.sizeLimit).matches(r'^[+.0-9]{1,32}([mkMGTPE]|[KMGTPE]i|[eE][0-9]{1,2})?$') || \
-         !isQuantity(string(self.sizeLimit)) || !quantity(string(self.sizeLimit)).isLessThan(quantity('4Mi'))"
-    )
-    .message("sizeLimit must be at least 4Mi")
-    .field_path(".sizeLimit")
+    validation = limit_only_grows(),
+    validation = limit_is_large_enough()
 )]
 pub struct WritableLayerSpec {
     /// The CasManifest whose tree is below. The layer keeps the tree that was current when it was made.
@@ -88,6 +75,28 @@ pub struct WritableLayerSpec {
     /// Owner of everything in the tree, for workloads that are not root. Absent: the owners in the tree.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub owner: Option<Owner>,
+}
+
+/// Where one of the limits is no size there is nothing to compare: the field's own schema refuses a new one, and a stored
+/// one that an older schema let in must be correctable.
+fn limit_only_grows() -> Rule {
+    let (new, old) = (cel_has_form("self.sizeLimit"), cel_has_form("oldSelf.sizeLimit"));
+    Rule::new(format!(
+        "!has(oldSelf.sizeLimit) || (has(self.sizeLimit) && (!({new}) || !({old}) || \
+         !quantity(string(self.sizeLimit)).isLessThan(quantity(string(oldSelf.sizeLimit)))))"
+    ))
+    .message("sizeLimit may only grow")
+    .field_path(".sizeLimit")
+}
+
+/// Likewise, what is no size is left to the field's own schema.
+fn limit_is_large_enough() -> Rule {
+    let has_form = cel_has_form("self.sizeLimit");
+    Rule::new(format!(
+        "!has(self.sizeLimit) || !({has_form}) || !quantity(string(self.sizeLimit)).isLessThan(quantity('4Mi'))"
+    ))
+    .message("sizeLimit must be at least 4Mi")
+    .field_path(".sizeLimit")
 }
 
 /// A CasManifest in the same namespace.

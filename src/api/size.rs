@@ -153,15 +153,22 @@ fn parse(text: &str) -> Result<u64, &'static str> {
         .ok_or(LARGE)
 }
 
+/// A CEL expression: whether the text of `value` has the form of a size, so that `quantity()` may be asked about it.
+///
+/// Every rule that asks `isQuantity()` or `quantity()` asks this before. The schema's own pattern is not enough: the API
+/// server runs rules on values that the pattern refuses, and on stored ones that no schema checked, and an exponent of
+/// many digits keeps its quantity parser busy for minutes
+/// (<https://github.com/kubernetes/kubernetes/issues/141166>).
+pub(super) fn cel_has_form(value: &str) -> String {
+    format!("string({value}).size() <= {MAX_LENGTH} && string({value}).matches(r'{PATTERN}')")
+}
+
 /// A CEL expression: whether `value` is zero or at least one byte, and below 2^63 - 1 (the API server's own parser turns
 /// everything larger into 2^63 - 1, so that this value may be any of them).
-///
-/// The pattern stands in the expression too, since rules run on values that the schema's pattern refuses, and an
-/// exponent of many digits keeps the API server's quantity parser busy for minutes
-/// (<https://github.com/kubernetes/kubernetes/issues/141166>).
 fn cel_is_size(value: &str) -> String {
+    let has_form = cel_has_form(value);
     format!(
-        "string({value}).matches(r'{PATTERN}') && isQuantity(string({value})) && \
+        "{has_form} && isQuantity(string({value})) && \
          (quantity(string({value})).compareTo(quantity('0')) == 0 || \
          quantity(string({value})).compareTo(quantity('1')) >= 0) && \
          quantity(string({value})).isLessThan(quantity('9223372036854775807'))"
@@ -277,66 +284,13 @@ pub fn human_size(bytes: u64) -> String {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
+mod tests {
     use super::*;
-
-    /// The table of accepted sizes; the API-server tests send the same one.
-    pub(crate) const GOOD: [(&str, u64); 21] = [
-        ("0", 0),
-        ("1", 1),
-        ("1.5Gi", 1_610_612_736),
-        ("10G", 10_000_000_000),
-        ("1e3", 1000),
-        ("1E3", 1000),
-        ("1E", 1_000_000_000_000_000_000),
-        ("1Ei", 1 << 60),
-        ("500k", 500_000),
-        (".5Gi", 536_870_912),
-        ("+5Gi", 5_368_709_120),
-        ("5.Gi", 5_368_709_120),
-        ("0.1Ki", 103),
-        ("2.1Gi", 2_254_857_831),
-        ("2254857830400m", 2_254_857_831),
-        ("7T", 7_000_000_000_000),
-        ("3M", 3_000_000),
-        ("0.000001M", 1),
-        ("9223372036854775806", i64::MAX as u64 - 1),
-        ("1.00000000000000000000000000Gi", 1 << 30),
-        ("0e99", 0),
-    ];
-
-    pub(crate) const BAD: [&str; 26] = [
-        "",
-        "-1",
-        "-1Gi",
-        "8Ei",
-        "9223372036854775807",
-        "9223372036854775808",
-        "100E",
-        "1e30",
-        "2E6024865272343",
-        "1gi",
-        "1GiB",
-        "1 Gi",
-        " 1Gi",
-        "0x10",
-        "1_000",
-        "٣Gi",
-        "NaN",
-        "500K",
-        "100m",
-        "0.5",
-        "1..5Gi",
-        ".",
-        "Gi",
-        "1e",
-        "1e-3",
-        "1Gi ",
-    ];
+    use crate::api::tables::{ENDLESS_SIZES, NO_SIZES, SIZES};
 
     #[test]
     fn sizes_are_exact_and_round_up() {
-        for (text, bytes) in GOOD {
+        for (text, bytes) in SIZES {
             assert_eq!(Size::from(text).bytes(), Ok(bytes), "{text}");
         }
         assert_eq!(Size(Value::from(1000)).bytes(), Ok(1000));
@@ -344,7 +298,7 @@ pub(crate) mod tests {
 
     #[test]
     fn what_is_no_size_is_refused_with_the_value() {
-        for text in BAD {
+        for text in NO_SIZES.into_iter().chain(ENDLESS_SIZES) {
             let error = Size::from(text).bytes().expect_err(text);
             assert!(error.to_string().contains(&format!("{text:?}")), "{error}");
         }

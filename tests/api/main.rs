@@ -8,3 +8,4 @@ mod deploy;
 mod flow;
 mod harness;
 mod rules;
+mod units;

@@ -5,6 +5,7 @@
 //! - [`process`]: the program `larder` itself, as a process that never outlives the test.
 //! - [`site`]: a node with an agent at work, and what a test does with it.
 //! - [`store`]: a folder for a store, with nothing left mounted in it afterwards.
+//! - [`tables`]: what is a size or a duration, and what is none.
 //!
 //! A test that needs root or a program says so by failing, never by passing without having looked.
 
@@ -16,6 +17,7 @@ mod faults;
 mod process;
 mod site;
 mod store;
+pub mod tables;
 
 pub use cluster::{Cluster, SYSTEM_NAMESPACE};
 pub use faults::{Answer, Faults, Rule};
