@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -256,7 +257,14 @@ fn take_lock(root: &Path) -> Result<File, Error> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(&path)
         .map_err(|e| Error::io("open", &path, e))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+    // A child that the last holder forked holds the lock with it until it becomes another program, which is a moment.
+    let patience = Instant::now() + Duration::from_millis(500);
+    let mut locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+    while locked == Err(rustix::io::Errno::WOULDBLOCK) && Instant::now() < patience {
+        std::thread::sleep(Duration::from_millis(10));
+        locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
+    }
+    match locked {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let mut text = String::new();

@@ -197,6 +197,19 @@ impl Site {
         .await;
     }
 
+    /// Waits until no loop device is left; the kernel lets go of one a moment after its last mount is gone.
+    pub async fn no_loop_devices(&self) {
+        eventually(PATIENCE, "no loop device is left", async || {
+            let left = self.store.loop_devices();
+            if left.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{left:?}"))
+            }
+        })
+        .await;
+    }
+
     /// The digests of all blobs in the store.
     pub fn blobs(&self) -> Vec<String> {
         let mut blobs = Vec::new();
