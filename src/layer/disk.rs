@@ -79,7 +79,10 @@ pub(super) fn grow(image: &Path, target: &Path, device: &[u8], size: u64) -> Res
         .open(image)
         .context("open", image)?;
     if file.metadata().context("stat", image)?.len() < size {
-        file.set_len(size).context("grow", image)?;
+        // Durable before the file system inside counts on it.
+        file.set_len(size)
+            .and_then(|()| file.sync_all())
+            .context("grow", image)?;
     }
     loopdev::set_capacity(&mount::open_device(device)?).context("grow the loop device of", image)?;
     let folder = File::open(target).context("open", target)?;

@@ -6,8 +6,9 @@
 use std::collections::HashSet;
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, StatxFlags};
 
 use super::mountinfo::{self, Mount};
 
@@ -103,35 +104,28 @@ fn other_namespaces() -> io::Result<Vec<(String, Vec<Mount>)>> {
     Ok(found)
 }
 
-/// Names processes that have something open on the file system `dev`, or their root or working folder there.
+/// Names processes that have something of the file system `dev` open, mapped or running, or their root or working
+/// folder there.
 pub(super) fn openers(dev: (u32, u32)) -> io::Result<Vec<String>> {
-    let device = rustix::fs::makedev(dev.0, dev.1);
-    // A folder has its mount's device number. A file of an overlay may show that of the layer it lies in, so that open
-    // files are known by the mount that they were opened through.
-    let on_it = |path: &Path| fs::metadata(path).is_ok_and(|m| m.dev() == device);
     let mut users = Vec::new();
     for process in processes()? {
-        let mounts: HashSet<u32> = mountinfo::of_process(&process)
+        // A file of an overlay may show the device number of the layer that it lies in; the mount through which it was
+        // opened tells. A process that cannot be looked into is only missing from a message.
+        let mounts: HashSet<u64> = mountinfo::of_process(&process)
             .unwrap_or_default()
             .iter()
             .filter(|mount| mount.dev == dev)
-            .map(|mount| mount.id)
+            .map(|mount| mount.id.into())
             .collect();
-        let open = || {
-            // A process that cannot be looked into is only missing from a message.
-            fs::read_dir(process.join("fdinfo")).is_ok_and(|mut files| {
-                files.any(|file| {
-                    let text = file
-                        .and_then(|file| fs::read_to_string(file.path()))
-                        .unwrap_or_default();
-                    let mount = text.lines().find_map(|line| line.strip_prefix("mnt_id:"));
-                    mount
-                        .and_then(|id| id.trim().parse().ok())
-                        .is_some_and(|id: u32| mounts.contains(&id))
-                })
-            })
-        };
-        if on_it(&process.join("cwd")) || on_it(&process.join("root")) || (!mounts.is_empty() && open()) {
+        if mounts.is_empty() {
+            continue;
+        }
+        let on_it = |path: &Path| mount_of(path).is_some_and(|id| mounts.contains(&id));
+        let holds = ["cwd", "root", "exe"].iter().any(|link| on_it(&process.join(link)))
+            || ["fd", "map_files"].iter().any(|kind| {
+                fs::read_dir(process.join(kind)).is_ok_and(|mut all| all.any(|e| e.is_ok_and(|e| on_it(&e.path()))))
+            });
+        if holds {
             users.push(describe(&process));
             if users.len() == SAMPLE {
                 break;
@@ -139,6 +133,12 @@ pub(super) fn openers(dev: (u32, u32)) -> io::Result<Vec<String>> {
         }
     }
     Ok(users)
+}
+
+/// The id of the mount that a path leads to, without asking the file system there (it may hang).
+fn mount_of(path: &Path) -> Option<u64> {
+    let stat = rustix::fs::statx(CWD, path, AtFlags::STATX_DONT_SYNC, StatxFlags::MNT_ID).ok()?;
+    Some(stat.stx_mnt_id)
 }
 
 fn processes() -> io::Result<Vec<PathBuf>> {

@@ -6,6 +6,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, statat};
 
@@ -19,6 +20,10 @@ use super::{
     Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, disk, has_disk,
     has_no_data, inuse, lower, make_private, mount,
 };
+
+/// How often, and after what pause, something busy that nobody is seen to use is tried again.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(20);
 
 impl Inner {
     pub(super) fn prepare(&self, spec: &LayerSpec) -> Result<Prepared, Error> {
@@ -143,6 +148,18 @@ impl Inner {
     /// Makes or mounts the folders that overlayfs writes to.
     fn bring_up(&self, record: &mut LayerRecord, paths: &Paths, lower: &Path, mounts: &[Mount]) -> Result<(), Error> {
         let disk_is_up = top(mounts, &paths.disk).is_some();
+        if record.stage == Stage::Made {
+            // What this process does not see mounted may still be mounted where it does not look: a second mount of one
+            // upper would damage it, and a layer in memory that is in use there is not lost.
+            let users = inuse::mounts(None, &paths.mount, |m| is_upper_of(m, &record.id))
+                .context("look for other mounts of", &paths.mount)?;
+            if !users.is_empty() {
+                return Err(Error::InUse {
+                    id: record.id.clone(),
+                    by: users.join(", "),
+                });
+            }
+        }
         if record.stage == Stage::Made && record.mode == Mode::Tmpfs && !disk_is_up {
             // Recorded before anything is made anew, so that it is told even if we die in between.
             record.lost = Some(Lost::Reboot);
@@ -157,25 +174,18 @@ impl Inner {
             reason: reason.to_owned(),
         };
         if has_disk(record) && !disk_is_up {
-            if !paths.image.exists() {
+            // Only what is not there is lost: a disk that cannot be read may be repaired.
+            if !paths.image.try_exists().context("stat", &paths.image)? {
                 return Err(lost("disk.img is gone"));
             }
             make_private(&paths.disk)?;
             disk::mount(&paths.image, &paths.disk)?;
         }
         let changes = paths.changes(record);
-        if !changes.join("upper").is_dir() || !changes.join("work").is_dir() {
-            return Err(lost("its upper or work folder is gone"));
-        }
-        // What this process does not see mounted may still be mounted where it does not look; a second mount of one
-        // upper would damage it.
-        let users = inuse::mounts(None, &paths.mount, |m| is_upper_of(m, &record.id))
-            .context("look for other mounts of", &paths.mount)?;
-        if !users.is_empty() {
-            return Err(Error::InUse {
-                id: record.id.clone(),
-                by: users.join(", "),
-            });
+        for folder in ["upper", "work"].map(|name| changes.join(name)) {
+            if !folder.try_exists().context("stat", &folder)? {
+                return Err(lost("its upper or work folder is gone"));
+            }
         }
         Ok(())
     }
@@ -225,15 +235,33 @@ impl Inner {
         }
         for point in [&paths.mount, &paths.disk] {
             for mount in mounts.iter().filter(|m| m.point == *point) {
-                if !mount::detach_at(point, detach)? {
+                let mut tries = 0;
+                while !mount::detach_at(point, detach)? {
                     let users = inuse::openers(mount.dev).context("look for users of", point)?;
-                    return Err(in_use(if users.is_empty() {
-                        "a process".to_owned()
-                    } else {
-                        users.join(", ")
-                    }));
+                    if !users.is_empty() {
+                        return Err(in_use(users.join(", ")));
+                    }
+                    // Nobody: perhaps it ended just now, or was a program that we start (it has our descriptors until
+                    // its exec).
+                    tries += 1;
+                    if tries == TRIES {
+                        return Err(in_use("a process".to_owned()));
+                    }
+                    std::thread::sleep(PAUSE);
                 }
             }
+        }
+        // What is mounted there now is not ours, and its files are not ours to remove.
+        let mounts = read_mounts()?;
+        let ours = [&paths.mount, &paths.folder];
+        if let Some(mount) = mounts
+            .iter()
+            .find(|m| ours.iter().any(|path| m.point.starts_with(path)))
+        {
+            return Err(Error::Occupied {
+                path: mount.point.clone(),
+                source_name: String::from_utf8_lossy(&mount.source).into_owned(),
+            });
         }
         self.remove(id, &paths)?;
         relock(&self.holds).remove(id);
@@ -380,9 +408,14 @@ fn top<'a>(mounts: &'a [Mount], point: &Path) -> Option<&'a Mount> {
 }
 
 /// Is it an overlay that writes to this layer's upper? The id in its path is unique.
+///
+/// A kernel before 6.13 shows the layers as `/proc/self/fd/N`; there the mount point has the id, unless it is a bind.
 fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
     let shows = |part: &str| mount.options.windows(part.len()).any(|w| w == part.as_bytes());
-    mount.fs_type == "overlay" && (shows(&format!("/layers/{id}/upper")) || shows(&format!("/layers/{id}/disk/upper")))
+    let named =
+        mount.source.starts_with(SOURCE_PREFIX.as_bytes()) && mount.point.ends_with(Path::new("mnt").join(id.as_str()));
+    mount.fs_type == "overlay"
+        && (named || shows(&format!("/layers/{id}/upper")) || shows(&format!("/layers/{id}/disk/upper")))
 }
 
 fn remove_folder(path: &Path) -> Result<(), Error> {

@@ -107,13 +107,23 @@ pub fn overlay(layers: &Overlay<'_>, flags: Flags, target: &Path) -> Result<Deta
     }
 }
 
+/// Files and folders that a tmpfs of `size` bytes may hold. An empty one takes no block but about 1 KiB of the kernel's
+/// memory, and by default a tmpfs may hold as many as half of the machine's memory has pages, whatever its size
+/// (tmpfs(5)).
+fn inodes(size: u64) -> u64 {
+    (size / 4096).max(1024)
+}
+
 /// Makes a tmpfs of at most `size` bytes (no limit but the memory without it).
 pub fn tmpfs(size: Option<u64>, source: &str, target: &Path) -> Result<Detached, Error> {
     create("tmpfs", Flags { allow_suid: false }.attributes(), target, |context| {
         fsconfig_set_string(context, "source", source)?;
         fsconfig_set_string(context, "mode", "0700")?;
         match size {
-            Some(bytes) => fsconfig_set_string(context, "size", bytes.to_string()),
+            Some(bytes) => {
+                fsconfig_set_string(context, "size", bytes.to_string())?;
+                fsconfig_set_string(context, "nr_inodes", inodes(bytes).to_string())
+            }
             None => fsconfig_set_string(context, "size", "0"),
         }
     })
@@ -128,6 +138,7 @@ pub fn resize_tmpfs(target: &Path, size: u64) -> Result<(), Error> {
     )
     .map_err(|errno| failed("tmpfs", target, errno, None))?;
     fsconfig_set_string(context.as_fd(), "size", size.to_string())
+        .and_then(|()| fsconfig_set_string(context.as_fd(), "nr_inodes", inodes(size).to_string()))
         .and_then(|()| fsconfig_reconfigure(context.as_fd()))
         .map_err(|errno| failed("tmpfs", target, errno, Some(context.as_fd())))
 }
