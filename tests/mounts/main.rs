@@ -3,13 +3,17 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bounds;
+mod kills;
+mod sharing;
+
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::{Duration, Instant, SystemTime};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 
 use larder::layer::{Error, LayerId, LayerOwner, LayerSpec, Layers, Lost, Mode, Options, mountinfo};
 use larder::store::tree::{Leaf, LeafKind, Meta, Tree};
@@ -37,7 +41,12 @@ struct Site {
     tree: TreeDigest,
     dir: StoreDir,
     root: PathBuf,
+    /// One test at a time: a new mount namespace has a copy of every test's mounts, and a program that is being started
+    /// has, until its exec, every test's descriptors.
+    turn: MutexGuard<'static, ()>,
 }
+
+static TURN: Mutex<()> = Mutex::new(());
 
 impl Site {
     fn new() -> Self {
@@ -45,6 +54,7 @@ impl Site {
     }
 
     fn at(name: &str) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = temp_store_dir();
         let root = dir.path().join(name);
         let (store, layers) = open(&root);
@@ -55,6 +65,7 @@ impl Site {
             tree,
             dir,
             root,
+            turn,
         }
     }
 
@@ -80,6 +91,7 @@ impl Site {
             tree,
             dir,
             root,
+            turn,
         } = self;
         drop((store, layers));
         let (store, layers) = open(&root);
@@ -89,6 +101,7 @@ impl Site {
             tree,
             dir,
             root,
+            turn,
         }
     }
 

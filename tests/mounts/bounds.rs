@@ -1,0 +1,187 @@
+//! What a layer may take, and what it must leave alone.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+use super::*;
+
+/// Kind, mode, owner, size, times and content of everything below a folder.
+fn listing(folder: &Path) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    let mut pending = vec![folder.to_owned()];
+    while let Some(path) = pending.pop() {
+        let meta = path.symlink_metadata().unwrap();
+        let content = if meta.is_dir() {
+            pending.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
+            Vec::new()
+        } else {
+            fs::read(&path).unwrap()
+        };
+        let text = format!(
+            "{:o} {}:{} {} {}.{} {content:?}",
+            meta.mode(),
+            meta.uid(),
+            meta.gid(),
+            content.len(),
+            meta.mtime(),
+            meta.mtime_nsec(),
+        );
+        found.insert(path, text);
+    }
+    found
+}
+
+#[test]
+fn whatever_is_done_in_a_layer_its_tree_and_the_contents_stay() {
+    let site = Site::new();
+    let spec = site.spec(Mode::Overlay);
+    let path = site.layers.prepare(&spec).unwrap().path;
+    let folders = [site.store.images_dir(), site.root.join("objects")];
+    let before: Vec<_> = folders.iter().map(|folder| listing(folder)).collect();
+    assert!(before.iter().all(|all| all.len() > 2), "{before:?}");
+    // Each of these changes something that the layer has from below.
+    let file = path.join("file");
+    let mut appended = fs::OpenOptions::new().append(true).open(&file).unwrap();
+    appended.write_all(b"more").unwrap();
+    drop(appended);
+    assert_eq!(fs::read_to_string(&file).unwrap(), "belowmore");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::hard_link(&file, path.join("folder/link")).unwrap();
+    fs::rename(&file, path.join("folder/moved")).unwrap();
+    std::os::unix::fs::chown(path.join("folder"), Some(7), Some(7)).unwrap();
+    fs::remove_dir_all(path.join("folder")).unwrap();
+    fs::create_dir(path.join("folder")).unwrap();
+    assert_eq!(fs::read_dir(path.join("folder")).unwrap().count(), 0);
+    for (folder, before) in folders.iter().zip(before) {
+        assert_eq!(listing(folder), before);
+    }
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_full_layer_takes_no_more_of_the_disk_than_its_limit() {
+    let site = Site::new();
+    let spec = site.spec(Mode::Overlay);
+    let path = site.layers.prepare(&spec).unwrap().path;
+    let image = site.root.join("layers").join(spec.id.as_str()).join("disk.img");
+    let taken = || image.metadata().unwrap().blocks() * 512;
+    assert!(taken() < SIZE / 8, "a new layer takes next to nothing: {}", taken());
+    let mut file = fs::File::create(path.join("large")).unwrap();
+    let full = std::io::copy(&mut std::io::repeat(1), &mut file).unwrap_err();
+    assert_eq!(full.raw_os_error(), Some(libc::ENOSPC));
+    file.sync_all().unwrap();
+    assert_eq!(image.metadata().unwrap().len(), SIZE);
+    assert!((SIZE / 2..=SIZE).contains(&taken()), "{}", taken());
+    // What is removed makes room again, also for those outside.
+    drop(file);
+    fs::remove_file(path.join("large")).unwrap();
+    fs::write(path.join("after"), vec![1; SIZE as usize / 2]).unwrap();
+    assert_eq!(fs::read_to_string(path.join("file")).unwrap(), "below");
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+/// Makes empty files until there is no room for one.
+fn fill_with_empty_files(folder: &Path, at_most: u64) -> u64 {
+    for made in 0..at_most {
+        if let Err(error) = fs::File::create(folder.join(format!("{at_most}-{made}"))) {
+            assert_eq!(error.raw_os_error(), Some(libc::ENOSPC), "{error}");
+            return made;
+        }
+    }
+    panic!("{at_most} empty files fit in");
+}
+
+#[test]
+fn empty_files_do_not_escape_the_limit_of_a_layer_in_memory() {
+    let site = Site::new();
+    let spec = LayerSpec {
+        size: Some(4 << 20),
+        ..site.spec(Mode::Tmpfs)
+    };
+    let path = site.layers.prepare(&spec).unwrap().path;
+    let made = fill_with_empty_files(&path, 1100);
+    assert!(made > 900, "{made}");
+    // A larger layer may have more of them.
+    site.layers.grow(&spec.id, 8 << 20).unwrap();
+    let more = fill_with_empty_files(&path, 1200);
+    assert!(more > 900, "{more}");
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_limit_too_small_for_anything_is_refused_and_leaves_nothing() {
+    let site = Site::new();
+    for mode in MODES {
+        let spec = LayerSpec {
+            size: Some(4096),
+            ..site.spec(mode)
+        };
+        let error = site.layers.prepare(&spec).unwrap_err();
+        assert!(matches!(error, Error::TooSmall { size: 4096, .. }), "{error}");
+        assert_eq!(site.layers.record(&spec.id).unwrap(), None);
+    }
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_layer_without_a_limit_has_none_but_the_disks() {
+    let mut site = Site::new();
+    let spec = LayerSpec {
+        size: None,
+        ..site.spec(Mode::Overlay)
+    };
+    let prepared = site.layers.prepare(&spec).unwrap();
+    assert_eq!(prepared.size, None);
+    fs::write(prepared.path.join("large"), vec![1; 2 * SIZE as usize]).unwrap();
+    assert!(site.layers.used_bytes(&spec.id).unwrap() >= 2 * SIZE);
+    let grown = site.layers.grow(&spec.id, SIZE);
+    assert!(matches!(grown, Err(Error::Unlimited { .. })));
+    assert_eq!(site.dir.loop_devices(), Vec::<PathBuf>::new());
+    site = site.reboot();
+    let path = site.layers.prepare(&spec).unwrap().path;
+    assert_eq!(path.join("large").metadata().unwrap().len(), 2 * SIZE);
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_store_in_a_very_long_path_has_layers_too() {
+    // More than the 255 bytes that the kernel takes for an option that is text.
+    let site = Site::at(&["n".repeat(200), "m".repeat(200)].join("/"));
+    for mode in MODES {
+        let spec = site.spec(mode);
+        let path = site.layers.prepare(&spec).unwrap().path;
+        assert_eq!(fs::read_to_string(path.join("file")).unwrap(), "below");
+        fs::write(path.join("new"), "new").unwrap();
+        site.layers.release(&spec.id, false).unwrap();
+    }
+    site.nothing_is_left();
+}
+
+#[test]
+fn what_others_mounted_inside_a_layers_folder_is_not_removed_with_it() {
+    let site = Site::new();
+    let spec = LayerSpec {
+        size: None,
+        ..site.spec(Mode::Overlay)
+    };
+    site.layers.prepare(&spec).unwrap();
+    let foreign = site.dir.path().join("foreign");
+    fs::create_dir(&foreign).unwrap();
+    fs::write(foreign.join("kept"), "kept").unwrap();
+    let point = site.root.join("layers").join(spec.id.as_str()).join("work");
+    rustix::mount::mount_bind(&foreign, &point).unwrap();
+    let error = site.layers.release(&spec.id, true).unwrap_err();
+    assert!(
+        matches!(&error, Error::Occupied { path, .. } if *path == point),
+        "{error}"
+    );
+    assert_eq!(fs::read_to_string(foreign.join("kept")).unwrap(), "kept");
+    rustix::mount::unmount(&point, rustix::mount::UnmountFlags::empty()).unwrap();
+    site.layers.release(&spec.id, false).unwrap();
+    assert_eq!(fs::read_to_string(foreign.join("kept")).unwrap(), "kept");
+    site.nothing_is_left();
+}
