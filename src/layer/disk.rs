@@ -64,7 +64,12 @@ pub(super) fn mount(image: &Path, target: &Path) -> Result<(), Error> {
         .custom_flags(libc::O_NOFOLLOW)
         .open(image)
         .context("open", image)?;
-    let device = loopdev::attach(&file, image).context("attach a loop device to", image)?;
+    // Another mount namespace may still have the file system mounted; over the same device, this is one more mount of it.
+    let found = loopdev::find(&file).context("look for a loop device of", image)?;
+    let device = match found {
+        Some(device) => device,
+        None => loopdev::attach(&file, image).context("attach a loop device to", image)?,
+    };
     // The device stays attached until the file system has its own hold on it.
     mount::ext4(&device.path, target)?.attach(target)
 }

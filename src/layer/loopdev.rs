@@ -16,6 +16,7 @@ use rustix::io::Errno;
 // linux/loop.h and linux/ext4.h of the kernel's user API.
 const LOOP_CTL_GET_FREE: libc::c_ulong = 0x4C82;
 const LOOP_CONFIGURE: libc::c_ulong = 0x4C0A;
+const LOOP_GET_STATUS64: libc::c_ulong = 0x4C05;
 const LOOP_SET_CAPACITY: libc::c_ulong = 0x4C07;
 const LO_FLAGS_AUTOCLEAR: u32 = 4;
 const LO_FLAGS_DIRECT_IO: u32 = 16;
@@ -40,6 +41,26 @@ struct LoopInfo64 {
     init: [u64; 2],
 }
 
+impl Default for LoopInfo64 {
+    fn default() -> Self {
+        Self {
+            device: 0,
+            inode: 0,
+            rdevice: 0,
+            offset: 0,
+            sizelimit: 0,
+            number: 0,
+            encrypt_type: 0,
+            encrypt_key_size: 0,
+            flags: 0,
+            file_name: [0; 64],
+            crypt_name: [0; 64],
+            encrypt_key: [0; 32],
+            init: [0; 2],
+        }
+    }
+}
+
 #[repr(C)]
 struct LoopConfig {
     fd: u32,
@@ -56,6 +77,42 @@ pub struct LoopDevice {
     _device: File,
 }
 
+/// The loop device that `image` is attached to already, if there is one. A second device over one image would let its
+/// file system be mounted twice, each mount unaware of the other.
+pub fn find(image: &File) -> io::Result<Option<LoopDevice>> {
+    let stat = rustix::fs::fstat(image)?;
+    for entry in std::fs::read_dir("/sys/block")? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let index = name.to_str().and_then(|name| name.strip_prefix("loop")?.parse().ok());
+        let (Some(index), true) = (index, entry.path().join("loop/backing_file").exists()) else {
+            continue;
+        };
+        let path = Path::new("/dev").join(&name);
+        // Open, it does not detach while we look at it and mount it. Most are somebody else's, perhaps read-only.
+        let device = match open_device(OpenOptions::new().read(true), &path, index) {
+            Err(e) if e.raw_os_error() == Some(libc::ENXIO) => continue,
+            other => other?,
+        };
+        let mut info = LoopInfo64::default();
+        // SAFETY: the ioctl writes a `struct loop_info64` through the pointer; `LoopInfo64` has its layout and lives
+        // for the whole call.
+        let result = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64, &raw mut info) };
+        if result < 0 {
+            let error = io::Error::last_os_error();
+            // Detached meanwhile.
+            if error.raw_os_error() == Some(libc::ENXIO) {
+                continue;
+            }
+            return Err(error);
+        }
+        if (info.device, info.inode) == (stat.st_dev, stat.st_ino) {
+            return Ok(Some(LoopDevice { path, _device: device }));
+        }
+    }
+    Ok(None)
+}
+
 /// Attaches `image` (open for reading and writing) to a free loop device; `name` is what `losetup` shows.
 ///
 /// Direct I/O is asked for, so that a page is not cached twice, and done without where the file system below cannot.
@@ -66,7 +123,7 @@ pub fn attach(image: &File, name: &Path) -> io::Result<LoopDevice> {
     for _ in 0..64 {
         let index = ioctl(&control, LOOP_CTL_GET_FREE, 0)?;
         let path = PathBuf::from(format!("/dev/loop{index}"));
-        let device = open_device(&path, index as u32)?;
+        let device = open_device(OpenOptions::new().read(true).write(true), &path, index as u32)?;
         match configure(&device, image, name, LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO) {
             Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
                 match configure(&device, image, name, LO_FLAGS_AUTOCLEAR) {
@@ -101,8 +158,8 @@ pub fn resize_ext4(folder: &File, blocks: u64) -> io::Result<()> {
 }
 
 /// In a container `/dev` may lack nodes of devices that were made after it started.
-fn open_device(path: &Path, index: u32) -> io::Result<File> {
-    let open = || OpenOptions::new().read(true).write(true).open(path);
+fn open_device(options: &OpenOptions, path: &Path, index: u32) -> io::Result<File> {
+    let open = || options.open(path);
     match open() {
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
             let mode = Mode::from_raw_mode(0o600);
@@ -131,19 +188,9 @@ fn configure(device: &File, image: &File, name: &Path, flags: u32) -> io::Result
         fd: image.as_raw_fd() as u32,
         block_size: 0,
         info: LoopInfo64 {
-            device: 0,
-            inode: 0,
-            rdevice: 0,
-            offset: 0,
-            sizelimit: 0,
-            number: 0,
-            encrypt_type: 0,
-            encrypt_key_size: 0,
             flags,
             file_name,
-            crypt_name: [0; 64],
-            encrypt_key: [0; 32],
-            init: [0; 2],
+            ..LoopInfo64::default()
         },
         reserved: [0; 8],
     };

@@ -64,6 +64,60 @@ fn a_layer_that_only_another_namespace_has_mounted_is_neither_mounted_twice_nor_
 }
 
 #[test]
+fn a_disk_that_another_namespace_still_has_mounted_gets_no_second_loop_device() {
+    let mut site = Site::new();
+    // Somebody else's device, which nobody may open for writing.
+    let other = site.dir.path().join("other.img");
+    fs::write(&other, vec![0; 1 << 20]).unwrap();
+    let attached = Command::new("losetup")
+        .args(["--find", "--read-only"])
+        .arg(&other)
+        .status();
+    assert!(attached.unwrap().success());
+    let spec = site.spec(Mode::Overlay);
+    let path = site.layers.prepare(&spec).unwrap().path;
+    fs::write(path.join("mine"), "mine").unwrap();
+    // There, the overlay is gone and only the file system below it is left.
+    let holder = Holder::start(&format!(
+        "exec unshare --mount --propagation private sh -c 'umount {} && echo ready && read _'",
+        path.display()
+    ));
+    unmount(&path, UnmountFlags::empty()).unwrap();
+    let disk = site.root.join("layers").join(spec.id.as_str()).join("disk");
+    unmount(&disk, UnmountFlags::empty()).unwrap();
+    site = site.restart();
+    let path = site.layers.prepare(&spec).unwrap().path;
+    assert_eq!(site.dir.loop_devices().len(), 2);
+    assert_eq!(fs::read_to_string(path.join("mine")).unwrap(), "mine");
+    fs::write(path.join("later"), "later").unwrap();
+    drop(holder);
+    for device in site.dir.loop_devices() {
+        let backing = fs::read_to_string(
+            Path::new("/sys/block")
+                .join(device.file_name().unwrap())
+                .join("loop/backing_file"),
+        );
+        if backing.unwrap().trim_end() == other.to_str().unwrap() {
+            assert!(
+                Command::new("losetup")
+                    .arg("--detach")
+                    .arg(&device)
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        }
+    }
+    site = site.reboot();
+    let path = site.layers.prepare(&spec).unwrap().path;
+    for name in ["mine", "later"] {
+        assert_eq!(fs::read_to_string(path.join(name)).unwrap(), name);
+    }
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
 fn many_at_once_make_one_copy_of_a_tree_and_one_mount_of_a_layer() {
     let site = Site::new();
     let specs: Vec<_> = (0..4).map(|at| site.spec(MODES[at % 2])).collect();
