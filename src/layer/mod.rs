@@ -278,7 +278,10 @@ fn is_elsewhere(mount: &mountinfo::Mount, images: &Path) -> bool {
         .collect();
     // A path by descriptor, or one that a comma cut, names nothing.
     let named = |lower: &&Path| lower.parent().is_some_and(|folder| folder.ends_with("images"));
-    !lowers.is_empty() && lowers.iter().all(|lower| named(lower) && !lower.starts_with(images))
+    // What a comma in our own path cut may look like another store's; uncut, it is in the options all the same.
+    let ours = images.as_os_str().as_bytes();
+    let says_ours = mount.options.windows(ours.len()).any(|part| part == ours);
+    !lowers.is_empty() && !says_ours && lowers.iter().all(named)
 }
 
 /// The tree that a mount shows.
@@ -338,5 +341,45 @@ fn make_private(folder: &Path) -> Result<(), Error> {
     match fs::DirBuilder::new().mode(0o700).create(folder) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", folder, e)),
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn over(options: &str) -> mountinfo::Mount {
+        mountinfo::Mount {
+            id: 2,
+            parent: 1,
+            dev: (0, 50),
+            root: "/".into(),
+            point: "/m".into(),
+            flags: "rw".into(),
+            shared: None,
+            master: None,
+            fs_type: "overlay".into(),
+            source: b"larder:x".to_vec(),
+            options: options.into(),
+        }
+    }
+
+    #[test]
+    fn only_a_mount_that_surely_stands_on_another_store_is_elsewhere() {
+        for (options, images, elsewhere) in [
+            ("rw,lowerdir+=/s/images/a.tree,upperdir=/u", "/s/images", false),
+            ("rw,lowerdir+=/other/images/a.tree,upperdir=/u", "/s/images", true),
+            ("rw,lowerdir+=/proc/self/fd/7", "/s/images", false),
+            ("rw", "/s/images", false),
+            // A comma in the path of the store itself.
+            ("rw,lowerdir+=/a,b/images/a.tree", "/a,b/images", false),
+            (
+                "rw,lowerdir+=/x/images/y,z/images/a.tree",
+                "/x/images/y,z/images",
+                false,
+            ),
+        ] {
+            assert_eq!(is_elsewhere(&over(options), Path::new(images)), elsewhere, "{options}");
+        }
     }
 }
