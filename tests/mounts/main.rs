@@ -43,7 +43,7 @@ struct Site {
     root: PathBuf,
     /// One test at a time: a new mount namespace has a copy of every test's mounts, and a program that is being started
     /// has, until its exec, every test's descriptors.
-    turn: MutexGuard<'static, ()>,
+    turn: Option<MutexGuard<'static, ()>>,
 }
 
 static TURN: Mutex<()> = Mutex::new(());
@@ -53,8 +53,17 @@ impl Site {
         Self::at("store")
     }
 
+    /// A test's first site waits for its turn; a second one is made by [`Site::beside`], or it would wait for ever.
     fn at(name: &str) -> Self {
-        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        Self::make(name, Some(TURN.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// Another store, in the same test.
+    fn beside(&self) -> Self {
+        Self::make("store", None)
+    }
+
+    fn make(name: &str, turn: Option<MutexGuard<'static, ()>>) -> Self {
         let dir = temp_store_dir();
         let root = dir.path().join(name);
         let (store, layers) = open(&root);
@@ -496,8 +505,8 @@ fn odd_characters_in_the_stores_path_mean_nothing() {
 
 #[test]
 fn mounts_of_another_store_hold_nothing_here() {
-    let _turn = beside_others();
-    let (here, there) = (Site::new(), Site::new());
+    let here = Site::new();
+    let there = here.beside();
     let spec = there.spec(Mode::Tmpfs);
     there.layers.prepare(&spec).unwrap();
     assert!(there.layers.held().unwrap().trees.contains(&there.tree));
