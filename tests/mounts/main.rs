@@ -22,18 +22,6 @@ use support::{StoreDir, temp_store_dir};
 
 const SIZE: u64 = 32 << 20;
 
-/// A mount namespace that is made holds a copy of every mount of its time, also of those of other tests: the test that
-/// makes one runs alone.
-static TURNS: RwLock<()> = RwLock::new(());
-
-fn beside_others() -> RwLockReadGuard<'static, ()> {
-    TURNS.read().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-fn alone() -> RwLockWriteGuard<'static, ()> {
-    TURNS.write().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
 /// A store in a folder that is unmounted and removed at the end, also after a failure.
 struct Site {
     store: Store,
@@ -119,26 +107,13 @@ impl Site {
         for mount in self.dir.mounts().iter().rev() {
             rustix::mount::unmount(mount, rustix::mount::UnmountFlags::empty()).unwrap();
         }
-        self.no_loop_devices();
+        assert!(self.dir.loop_devices().is_empty(), "loop devices go with their mounts");
         self.restart()
-    }
-
-    /// The kernel lets go of a loop device a moment after its last mount is gone.
-    fn no_loop_devices(&self) {
-        let start = Instant::now();
-        while !self.dir.loop_devices().is_empty() {
-            assert!(
-                start.elapsed() < Duration::from_secs(10),
-                "left over: {:?}",
-                self.dir.loop_devices()
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
     }
 
     fn nothing_is_left(&self) {
         assert_eq!(self.dir.mounts(), Vec::<PathBuf>::new());
-        self.no_loop_devices();
+        assert_eq!(self.dir.loop_devices(), Vec::<PathBuf>::new());
         for folder in ["layers", "mnt"] {
             let left: Vec<_> = fs::read_dir(self.root.join(folder))
                 .unwrap()
@@ -205,7 +180,6 @@ const MODES: [Mode; 2] = [Mode::Overlay, Mode::Tmpfs];
 
 #[test]
 fn what_is_written_stays_in_the_layer_and_within_its_limit() {
-    let _turn = beside_others();
     let site = Site::new();
     for mode in MODES {
         let (spec, other) = (site.spec(mode), site.spec(mode));
@@ -234,7 +208,6 @@ fn what_is_written_stays_in_the_layer_and_within_its_limit() {
 
 #[test]
 fn the_mount_says_its_tree_and_gives_nobody_rights() {
-    let _turn = beside_others();
     let site = Site::new();
     let spec = site.spec(Mode::Tmpfs);
     let path = site.layers.prepare(&spec).unwrap().path;
@@ -255,7 +228,6 @@ fn the_mount_says_its_tree_and_gives_nobody_rights() {
 
 #[test]
 fn a_layer_can_belong_to_somebody_else() {
-    let _turn = beside_others();
     let site = Site::new();
     let spec = LayerSpec {
         ids: Some((1234, 4321)),
@@ -271,7 +243,6 @@ fn a_layer_can_belong_to_somebody_else() {
 
 #[test]
 fn a_limit_grows_while_the_layer_is_in_use_and_never_shrinks() {
-    let _turn = beside_others();
     let site = Site::new();
     for mode in MODES {
         let spec = site.spec(mode);
@@ -307,7 +278,6 @@ fn has_sys_resource() -> bool {
 
 #[test]
 fn a_restart_mounts_nothing_anew_and_a_reboot_brings_the_disk_back() {
-    let _turn = beside_others();
     let mut site = Site::new();
     let (disk, memory) = (site.spec(Mode::Overlay), site.spec(Mode::Tmpfs));
     for spec in [&disk, &memory] {
@@ -366,7 +336,6 @@ impl Drop for Holder {
 
 #[test]
 fn a_layer_in_use_is_not_released_and_its_user_is_named() {
-    let _turn = alone();
     let site = Site::new();
     let spec = site.spec(Mode::Overlay);
     let path = site.layers.prepare(&spec).unwrap().path;
@@ -401,7 +370,6 @@ fn a_layer_in_use_is_not_released_and_its_user_is_named() {
 
 #[test]
 fn patience_ends_with_a_detached_layer() {
-    let _turn = beside_others();
     let site = Site::new();
     let spec = site.spec(Mode::Overlay);
     let path = site.layers.prepare(&spec).unwrap().path;
@@ -409,12 +377,15 @@ fn patience_ends_with_a_detached_layer() {
     assert!(matches!(site.layers.release(&spec.id, false), Err(Error::InUse { .. })));
     site.layers.release(&spec.id, true).unwrap();
     drop(holder);
+    let start = std::time::Instant::now();
+    while !site.dir.loop_devices().is_empty() && start.elapsed().as_secs() < 10 {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
     site.nothing_is_left();
 }
 
 #[test]
 fn a_layer_of_another_store_is_lost_and_not_silently_made_anew() {
-    let _turn = beside_others();
     let site = Site::new();
     let spec = site.spec(Mode::Overlay);
     site.layers.prepare(&spec).unwrap();
@@ -440,7 +411,6 @@ fn a_layer_of_another_store_is_lost_and_not_silently_made_anew() {
 
 #[test]
 fn rounds_of_making_and_releasing_leave_nothing() {
-    let _turn = beside_others();
     let site = Site::new();
     for round in 0..50 {
         let spec = site.spec(MODES[round % 2]);
@@ -453,7 +423,6 @@ fn rounds_of_making_and_releasing_leave_nothing() {
 
 #[test]
 fn what_a_kill_leaves_half_made_is_finished_or_cleaned() {
-    let _turn = beside_others();
     let mut site = Site::new();
     for cut in ["overlay", "disk", "upper", "image"] {
         let spec = site.spec(Mode::Overlay);
@@ -491,7 +460,6 @@ fn what_a_kill_leaves_half_made_is_finished_or_cleaned() {
 
 #[test]
 fn odd_characters_in_the_stores_path_mean_nothing() {
-    let _turn = beside_others();
     let site = Site::at("a,b:c\\d e=f");
     for mode in MODES {
         let spec = site.spec(mode);
@@ -520,19 +488,18 @@ fn mounts_of_another_store_hold_nothing_here() {
 
 #[test]
 fn a_collection_keeps_the_tree_of_a_layer_and_takes_it_when_the_layer_is_gone() {
-    let _turn = beside_others();
     let site = Site::new();
     let spec = site.spec(Mode::Tmpfs);
     let path = site.layers.prepare(&spec).unwrap().path;
     site.store.forget(&RefName::new("ns", "base").unwrap()).unwrap();
     let policy = retention::Policy {
-        max_age: Some(Duration::from_nanos(1)),
+        max_age: Some(std::time::Duration::from_nanos(1)),
         max_size: Some(0),
         min_free: None,
         min_copies: 1,
-        grace: Duration::ZERO,
+        grace: std::time::Duration::ZERO,
     };
-    let later = || SystemTime::now() + Duration::from_secs(3600);
+    let later = || SystemTime::now() + std::time::Duration::from_secs(3600);
     assert!(site.layers.held().unwrap().trees.contains(&site.tree));
     let report = site.store.collect(&policy, &site.layers, false, later()).unwrap();
     assert_eq!(report.deleted_blobs, 0);
