@@ -138,7 +138,7 @@ mod tests {
             descent.leave().unwrap();
             assert_eq!(identity(descent.folder().unwrap()).unwrap(), id);
         }
-        crate::layer::remove::remove_all(&dir.path().join(name.to_str().unwrap())).unwrap();
+        crate::store::remove_all(&dir.path().join(name.to_str().unwrap())).unwrap();
     }
 
     #[test]

@@ -15,11 +15,12 @@ use super::error::IoContext;
 use super::lock::relock;
 use super::mountinfo::{self, Mount};
 use super::record::{self, sync_folder};
-use super::remove::remove_all;
+
 use super::{
     Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, disk, has_disk,
     has_no_data, inuse, lower, make_private, mount,
 };
+use crate::store::remove_all;
 
 /// How often, and after what pause, something busy that nobody is seen to use is tried again.
 const TRIES: u32 = 5;

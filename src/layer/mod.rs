@@ -32,7 +32,6 @@ mod lower;
 mod mount;
 pub mod mountinfo;
 mod record;
-mod remove;
 mod upper;
 
 use std::collections::HashMap;

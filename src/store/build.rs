@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
 use super::leases::{BuildLeases, Leased};
-use super::{Digest, Error, Store};
+use super::{Digest, Error, Store, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
 const SMALL: usize = 1 << 20;
@@ -307,7 +307,7 @@ impl Drop for Build {
         // A collection may take the blobs from here on; those of a published tree have their ref by now.
         self.store.leases.end_build(&self.leases);
         // Should it fail, the next start empties staging.
-        let _ = files::remove_tree(&self.store.dir, self.path.as_str());
+        let _ = remove::remove_tree(&self.store.dir, self.path.as_str());
     }
 }
 

@@ -1,9 +1,8 @@
 //! Small things about files that several parts of the store need.
 
-use std::ffi::{CStr, CString};
+use std::ffi::CString;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -135,75 +134,4 @@ fn write_run(file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> io::Res
 fn is_zero(block: &[u8]) -> bool {
     // Looking at the first bytes alone settles nearly every block.
     block.iter().take(16).all(|byte| *byte == 0) && block.iter().all(|byte| *byte == 0)
-}
-
-/// Removes a file, or a folder with everything below it, however deep; nothing there is good.
-///
-/// Follows no symlink and holds two descriptors at most: a folder that is not empty is first moved up to the top
-/// one, so that neither its depth nor the length of its path matters.
-pub fn remove_all(path: &Path) -> io::Result<()> {
-    let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "the path has no last component");
-    let name = path.file_name().ok_or_else(invalid)?;
-    let parent = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let parent = match rustix::fs::open(parent, flags, Mode::empty()) {
-        Err(Errno::NOENT) => return Ok(()),
-        other => other?,
-    };
-    Ok(remove_tree(&parent, name)?)
-}
-
-pub(super) fn remove_tree(at: impl AsFd, name: impl rustix::path::Arg + Copy) -> Result<(), Errno> {
-    match rustix::fs::unlinkat(&at, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => return Ok(()),
-        Err(Errno::ISDIR) => {}
-        Err(error) => return Err(error),
-    }
-    let top = open_dir(&at, name)?;
-    let mut moved = 0u64;
-    let mut pending = vec![None::<CString>];
-    while let Some(dir) = pending.pop() {
-        match dir {
-            None => empty_dir(&top, &top, &mut moved, &mut pending)?,
-            Some(dir) => {
-                empty_dir(&open_dir(&top, dir.as_c_str())?, &top, &mut moved, &mut pending)?;
-                rustix::fs::unlinkat(&top, dir.as_c_str(), AtFlags::REMOVEDIR)?;
-            }
-        }
-    }
-    rustix::fs::unlinkat(&at, name, AtFlags::REMOVEDIR)
-}
-
-/// Takes every name out of `dir`: removed, or as a folder that is not empty moved to `top` and noted in `pending`.
-fn empty_dir(dir: &OwnedFd, top: &OwnedFd, moved: &mut u64, pending: &mut Vec<Option<CString>>) -> Result<(), Errno> {
-    for (name, _) in names(dir)? {
-        let name: &CStr = &name;
-        match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => continue,
-            Err(Errno::ISDIR) => {}
-            Err(error) => return Err(error),
-        }
-        match rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR) {
-            Ok(()) | Err(Errno::NOENT) => continue,
-            Err(Errno::NOTEMPTY | Errno::EXIST) => {}
-            Err(error) => return Err(error),
-        }
-        // Our own process made the tree; should a name like this be in it, the next number is tried.
-        loop {
-            let target = CString::new(format!(".removing-{moved}")).map_err(|_| Errno::INVAL)?;
-            *moved += 1;
-            match rustix::fs::renameat_with(dir, name, top, &target, rustix::fs::RenameFlags::NOREPLACE) {
-                Ok(()) => {
-                    pending.push(Some(target));
-                    break;
-                }
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    Ok(())
 }

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 
 use super::layout::{IMAGES, Inner};
-use super::{Error, TreeDigest, files};
+use super::{Error, TreeDigest, files, remove};
 
 /// Deepest folder of an image that is counted, so that counting needs few descriptors.
 const DEPTH: usize = 64;
@@ -94,7 +94,7 @@ pub(super) fn remove(store: &Inner, name: &str, tree: &TreeDigest) -> Result<boo
     match moved {
         None | Some(Err(Errno::NOENT)) => Ok(false),
         Some(Ok(())) => {
-            files::remove_tree(&store.dir, away.as_str()).map_err(error)?;
+            remove::remove_tree(&store.dir, away.as_str()).map_err(error)?;
             Ok(true)
         }
         Some(Err(other)) => Err(error(other)),

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use super::error::is_full;
 use super::files::{self, lock};
 use super::leases::Leases;
-use super::{Digest, Error, Options, TreeDigest};
+use super::{Digest, Error, Options, TreeDigest, remove};
 
 /// The version of the layout. A program refuses a store of a later one.
 const FORMAT: u32 = 1;
@@ -123,7 +123,7 @@ impl Inner {
         files::ensure_dir(&self.dir, STAGING).map_err(error)?;
         let staging = files::open_dir(&self.dir, STAGING).map_err(error)?;
         for (name, _) in files::names(&staging).map_err(error)? {
-            files::remove_tree(&staging, name.as_c_str()).map_err(error)?;
+            remove::remove_tree(&staging, name.as_c_str()).map_err(error)?;
         }
         Ok(())
     }

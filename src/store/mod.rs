@@ -20,6 +20,7 @@ mod leases;
 mod manifests;
 mod publish;
 mod refs;
+mod remove;
 pub mod retention;
 #[cfg(test)]
 mod testing;
@@ -39,11 +40,11 @@ use rustix::io::Errno;
 pub use build::{Blob, Build};
 pub use digest::{Digest, InvalidDigest, TreeDigest};
 pub use error::{Error, Problem};
-pub use files::remove_all;
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 pub use leases::Hold;
 pub use publish::Publish;
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
+pub use remove::remove_all;
 use tree::Tree;
 pub use usage::Usage;
 
@@ -143,6 +144,6 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         // Should it fail, the next start empties staging.
-        let _ = files::remove_tree(&self.store.dir, self.name.as_str());
+        let _ = remove::remove_tree(&self.store.dir, self.name.as_str());
     }
 }

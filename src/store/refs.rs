@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use super::error::is_full;
 use super::files::{self, lock};
 use super::layout::{Inner, REFS, SPARE};
-use super::{Error, Problem, Store, TreeDigest, time};
+use super::{Error, Problem, Store, TreeDigest, remove, time};
 
 /// The version of a ref's file.
 const VERSION: u32 = 1;
@@ -421,7 +421,7 @@ impl Inner {
         match files::remove_file(&self.dir, name.path()) {
             Ok(()) => {}
             // Something that no store makes, in a ref's place.
-            Err(Errno::ISDIR) => files::remove_tree(&self.dir, name.path().as_str())
+            Err(Errno::ISDIR) => remove::remove_tree(&self.dir, name.path().as_str())
                 .map_err(|e| Error::io("remove", self.path(name.path()), e))?,
             Err(Errno::NOTDIR) => return Ok(()),
             Err(error) => return Err(Error::io("remove", self.path(name.path()), error)),
