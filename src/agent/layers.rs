@@ -15,10 +15,10 @@ use tracing::{debug, error, info, warn};
 use super::builds::MountedLayers;
 use super::layer_plan::{self, Observed, Outcome, Step};
 use super::node::Placed;
-use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
-use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, WritableLayerStatus};
+use crate::api::conditions::reasons;
+use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer};
 use crate::cluster::{
-    AGENT_MANAGER, Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, WriteError, apply_finalizers, apply_status,
+    AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, uid_of,
 };
 use crate::layer::{LayerId, LayerRecord, Layers};
 use crate::telemetry::Health;
@@ -53,8 +53,8 @@ struct Entry {
     backoff: Backoff,
     writing: bool,
     write_backoff: Backoff,
-    /// Status and reason of the last event.
-    announced: Option<(String, String)>,
+    /// What the last event said.
+    announced: Option<Said>,
     /// When the deletion was first held up by somebody who uses the layer.
     in_use_since: Option<Instant>,
 }
@@ -390,7 +390,10 @@ impl Keeper {
             return due;
         }
         entry.writing = true;
-        entry.announce(&self.announcer, key, &status);
+        let (observed, announced) = (&entry.observed, &mut entry.announced);
+        let (old, new) = (&observed.status.conditions, &status.conditions);
+        self.announcer
+            .announce_ready::<WritableLayer>(key, &observed.uid, old, new, announced);
         let (client, key) = (self.start.client.clone(), key.clone());
         let resource_version = entry.observed.resource_version.clone();
         self.tasks.spawn(async move {
@@ -513,23 +516,6 @@ impl Entry {
         self.outcome = Some(outcome);
     }
 
-    /// Says in an event what Ready says, once, also when the status itself cannot be written.
-    fn announce(&mut self, announcer: &Announcer, key: &ObjectKey, status: &WritableLayerStatus) {
-        let Some(ready) = find(&status.conditions, READY) else {
-            return;
-        };
-        let said = Some((ready.status.clone(), ready.reason.clone()));
-        let before = find(&self.observed.status.conditions, READY);
-        let known = before.map(|before| (before.status.clone(), before.reason.clone()));
-        if said == known || said == self.announced {
-            return;
-        }
-        self.announced = said;
-        let trouble = is_true(&status.conditions, STALLED)
-            || (ready.status != "True" && !reasons::EXPECTED.contains(&ready.reason.as_str()));
-        announcer.announce::<WritableLayer>(key, &self.observed.uid, trouble, &ready.reason, &ready.message);
-    }
-
     fn is_mounted(&self) -> bool {
         !self.observed.deleting && matches!(self.outcome, Some(Outcome::Mounted { .. }))
     }
@@ -548,17 +534,14 @@ impl Entry {
 }
 
 async fn release_orphan(client: Client, layers: Layers, record: &LayerRecord) -> bool {
-    use kube::api::Api;
-    let api: Api<WritableLayer> = Api::namespaced(client, &record.owner.namespace);
-    match tokio::time::timeout(CALL_TIMEOUT, api.get_metadata_opt(&record.owner.name)).await {
-        Ok(Ok(None)) => {}
-        Ok(Ok(Some(found))) if found.metadata.uid.as_deref() != Some(record.id.as_str()) => {}
-        Ok(Ok(Some(_))) => return false,
-        Ok(Err(error)) => {
+    let key = ObjectKey::new(&record.owner.namespace, &record.owner.name);
+    match uid_of::<WritableLayer>(&client, &key).await {
+        Ok(Some(uid)) if uid == record.id.as_str() => return false,
+        Ok(_) => {}
+        Err(error) => {
             debug!(layer = %record.owner, %error, "cannot tell whether its object is gone");
             return false;
         }
-        Err(_) => return false,
     }
     info!(layer = %record.owner, id = %record.id, "the layer's object is gone; releasing it");
     let id = record.id.clone();

@@ -53,6 +53,18 @@ pub struct Known<'a> {
     pub checked: Option<Instant>,
 }
 
+impl<'a> Known<'a> {
+    /// The ref, if its tree is the one that the goal asks for.
+    fn current(&self, goal: &Goal) -> Option<&'a Ref> {
+        self.stored.filter(|stored| {
+            stored.owner == goal.uid
+                && stored.current.is_some()
+                && stored.generation == goal.generation
+                && stored.request == goal.requested_at
+        })
+    }
+}
+
 /// What to do now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Step {
@@ -82,12 +94,7 @@ pub fn step(manifest: &ProjectedManifest, known: Known, interval: Option<Duratio
             Step::Cancel
         };
     }
-    let stored = known.stored.filter(|stored| {
-        stored.owner == goal.uid
-            && stored.current.is_some()
-            && stored.generation == goal.generation
-            && stored.request == goal.requested_at
-    });
+    let stored = known.current(&goal);
     let failed = known.failed.filter(|failed| failed.goal == goal);
     match (stored, failed) {
         // A failed periodic rebuild is tried again too.
@@ -135,7 +142,7 @@ pub fn state(manifest: &ProjectedManifest, known: Known, step: Step) -> Manifest
         ),
         (Step::Done(_), _) => (Phase::Ready, "", String::new()),
         // A periodic rebuild does not make a stored tree less ready.
-        _ if is_current(manifest, known) => (Phase::Ready, "", String::new()),
+        _ if known.current(&Goal::of(manifest)).is_some() => (Phase::Ready, "", String::new()),
         _ => (Phase::Building, reasons::BUILDING, String::new()),
     };
     let text = |text: &str| (!text.is_empty()).then(|| crate::api::truncate(text, 512));
@@ -155,16 +162,6 @@ pub fn state(manifest: &ProjectedManifest, known: Known, step: Step) -> Manifest
         unique_bytes: tree.map(|tree| number(tree.unique)),
         added_bytes: tree.map(|tree| number(tree.added)),
     }
-}
-
-fn is_current(manifest: &ProjectedManifest, known: Known) -> bool {
-    let goal = Goal::of(manifest);
-    known.stored.is_some_and(|stored| {
-        stored.owner == goal.uid
-            && stored.current.is_some()
-            && stored.generation == goal.generation
-            && stored.request == goal.requested_at
-    })
 }
 
 /// Forgets what is remembered of manifests that are no longer the node's.

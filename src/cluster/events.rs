@@ -1,12 +1,17 @@
 //! Events on objects: what `kubectl describe` shows.
 
 use k8s_openapi::api::core::v1::ObjectReference;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
 use kube::{Client, Resource};
 use tracing::debug;
 
 use super::{CALL_TIMEOUT, ObjectKey};
+use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
 use crate::api::{MAX_MESSAGE, truncate};
+
+/// Status and reason of a Ready that an event told.
+pub type Said = (String, String);
 
 /// Publishes events without holding up the work that they are about.
 #[derive(Clone)]
@@ -26,8 +31,31 @@ impl Announcer {
         }
     }
 
+    /// Says in an event what Ready says, when it says something else than `old` did; once, also when the status itself
+    /// cannot be written: `announced` is the caller's memory of the object.
+    pub fn announce_ready<K: Resource<DynamicType = ()>>(
+        &self,
+        key: &ObjectKey,
+        uid: &str,
+        old: &[Condition],
+        new: &[Condition],
+        announced: &mut Option<Said>,
+    ) {
+        let gist = |conditions| find(conditions, READY).map(|ready| (ready.status.clone(), ready.reason.clone()));
+        let (Some(ready), said) = (find(new, READY), gist(new)) else {
+            return;
+        };
+        if said == gist(old) || said == *announced {
+            return;
+        }
+        *announced = said;
+        let expected = ready.status == "True" || reasons::EXPECTED.contains(&ready.reason.as_str());
+        let warning = is_true(new, STALLED) || !expected;
+        self.announce::<K>(key, uid, warning, &ready.reason, &ready.message);
+    }
+
     /// Publishes an event about the object. A lost event is logged, never waited for.
-    pub fn announce<K: Resource<DynamicType = ()>>(
+    fn announce<K: Resource<DynamicType = ()>>(
         &self,
         key: &ObjectKey,
         uid: &str,

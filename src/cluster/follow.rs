@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::mpsc;
 use tracing::{debug, warn};
 
-use super::{Backoff, CALL_TIMEOUT};
+use super::{Backoff, CALL_TIMEOUT, WriteError};
 use crate::api::Parsed;
 
 /// Namespace and name of an object; the namespace of a cluster-scoped one is empty.
@@ -184,23 +184,16 @@ async fn prove_gone<K: Resource<DynamicType = ()>>(
     uid: String,
     grace: Duration,
 ) -> (ObjectKey, String) {
-    let resource = ApiResource::erase::<K>(&());
-    let api: Api<DynamicObject> = if key.namespace.is_empty() {
-        Api::all_with(client, &resource)
-    } else {
-        Api::namespaced_with(client, &key.namespace, &resource)
-    };
     let mut backoff = Backoff::default();
     let mut gone_before = false;
     loop {
-        let gone = match tokio::time::timeout(CALL_TIMEOUT, api.get_metadata_opt(&key.name)).await {
-            Ok(Ok(None)) => true,
-            Ok(Ok(Some(found))) => found.metadata.uid.as_ref().is_some_and(|found| *found != uid),
-            Ok(Err(error)) => {
-                warn!(kind = %resource.kind, %key, %error, "cannot tell whether it is gone");
+        let gone = match uid_of::<K>(&client, &key).await {
+            // An object without a UID proves nothing.
+            Ok(found) => found.is_none_or(|found| !found.is_empty() && found != uid),
+            Err(error) => {
+                warn!(kind = %K::kind(&()), %key, %error, "cannot tell whether it is gone");
                 false
             }
-            Err(_) => false,
         };
         match (gone, gone_before) {
             // The answer is asked for again after the grace period: a server restored from a backup may err once.
@@ -215,5 +208,25 @@ async fn prove_gone<K: Resource<DynamicType = ()>>(
                 tokio::time::sleep(backoff.failed(now) - now).await;
             }
         }
+    }
+}
+
+/// Asks for an object by name: the UID of the one that has the name now, or `None` when the API server says that there
+/// is none.
+///
+/// # Errors
+/// When there is no answer; that says nothing about the object.
+pub async fn uid_of<K: Resource<DynamicType = ()>>(
+    client: &Client,
+    key: &ObjectKey,
+) -> Result<Option<String>, WriteError> {
+    let resource = ApiResource::erase::<K>(&());
+    let api: Api<DynamicObject> = match key.namespace() {
+        None => Api::all_with(client.clone(), &resource),
+        Some(namespace) => Api::namespaced_with(client.clone(), namespace, &resource),
+    };
+    match tokio::time::timeout(CALL_TIMEOUT, api.get_metadata_opt(&key.name)).await {
+        Ok(found) => Ok(found?.map(|found| found.metadata.uid.unwrap_or_default())),
+        Err(_) => Err(WriteError::Timeout),
     }
 }

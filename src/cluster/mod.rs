@@ -8,8 +8,8 @@ mod heartbeat;
 mod write;
 
 pub use backoff::Backoff;
-pub use events::Announcer;
-pub use follow::{Followed, ObjectKey, follow, follow_in};
+pub use events::{Announcer, Said};
+pub use follow::{Followed, ObjectKey, follow, follow_in, uid_of};
 pub use heartbeat::{HEARTBEAT_DURATION, heartbeat};
 pub use write::{WriteError, apply_finalizers, apply_object, apply_status};
 

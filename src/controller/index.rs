@@ -57,6 +57,13 @@ impl Meta {
     }
 }
 
+impl Meta {
+    /// Whether it is the same object with the same spec and request: whatever else changed concerns no node.
+    fn asks_the_same(&self, other: &Self) -> bool {
+        (&self.uid, self.generation, &self.requested_at) == (&other.uid, other.generation, &other.requested_at)
+    }
+}
+
 #[derive(Debug, Clone)]
 pub struct NodeFacts {
     pub uid: String,
@@ -259,11 +266,7 @@ impl Index {
         );
         self.dirty.insert(Key::Manifest(key));
         // An own status write comes back through the watch; it concerns no node.
-        let same = |old: &ManifestFacts| {
-            (&old.meta.uid, old.meta.generation, &old.meta.requested_at)
-                == (&meta.uid, meta.generation, &meta.requested_at)
-        };
-        if !old.as_ref().is_some_and(same) {
+        if !old.is_some_and(|old| old.meta.asks_the_same(&meta)) {
             self.touch_nodes();
         }
     }
@@ -291,11 +294,7 @@ impl Index {
             },
         );
         self.dirty.insert(Key::Policy(name));
-        let same = |old: &PolicyFacts| {
-            (&old.meta.uid, old.meta.generation, &old.meta.requested_at)
-                == (&meta.uid, meta.generation, &meta.requested_at)
-        };
-        if !old.as_ref().is_some_and(same) {
+        if !old.is_some_and(|old| old.meta.asks_the_same(&meta)) {
             self.touch_nodes();
             self.touch_policies();
         }

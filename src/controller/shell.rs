@@ -7,8 +7,8 @@ use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::{Condition, OwnerReference};
+use kube::Client;
 use kube::api::{Api, DeleteParams, Preconditions};
-use kube::{Client, ResourceExt};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
@@ -17,10 +17,10 @@ use super::index::{Index, Key};
 use super::plan_layer::LayerPlan;
 use super::plan_node::NodePlan;
 use super::{MANAGER, plan_layer, plan_manifest, plan_node, plan_policy};
-use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
 use crate::api::{CasManifest, NodeStore, Parsed, RetentionPolicy, WritableLayer};
 use crate::cluster::{
-    Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, WriteError, apply_finalizers, apply_object, apply_status,
+    Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_object,
+    apply_status, uid_of,
 };
 use crate::telemetry::Health;
 
@@ -62,8 +62,8 @@ struct Turn {
     /// Something changed since the last plan.
     fresh: bool,
     backoff: Backoff,
-    /// Status and reason of the last event.
-    announced: Option<(String, String)>,
+    /// What the last event said.
+    announced: Option<Said>,
     /// When an unimportant change may be written.
     quiet_until: Option<Instant>,
 }
@@ -75,7 +75,9 @@ impl Turn {
     }
 
     fn waits_until(&self) -> Option<Instant> {
-        self.backoff.due(Instant::now()).or(self.quiet_until)
+        let now = Instant::now();
+        // What waits for room is woken by the end of a write, not by the clock.
+        self.backoff.due(now).or(self.quiet_until.filter(|at| *at > now))
     }
 }
 
@@ -383,8 +385,6 @@ impl Shell {
         }
     }
 
-    /// Says in an event what Ready says, when it says something else than before; once, also when the status itself
-    /// cannot be written.
     fn announce<K: kube::Resource<DynamicType = ()>>(
         &mut self,
         turn: &Key,
@@ -393,19 +393,8 @@ impl Shell {
         old: &[Condition],
         new: &[Condition],
     ) {
-        let gist = |conditions| find(conditions, READY).map(|ready| (ready.status.clone(), ready.reason.clone()));
-        let (Some(ready), before, said) = (find(new, READY), gist(old), gist(new)) else {
-            return;
-        };
-        let turn = self.turns.entry(turn.clone()).or_default();
-        if said == before || said == turn.announced {
-            return;
-        }
-        turn.announced = said;
-        let trouble =
-            is_true(new, STALLED) || (ready.status != "True" && !reasons::EXPECTED.contains(&ready.reason.as_str()));
-        self.announcer
-            .announce::<K>(key, uid, trouble, &ready.reason, &ready.message);
+        let announced = &mut self.turns.entry(turn.clone()).or_default().announced;
+        self.announcer.announce_ready::<K>(key, uid, old, new, announced);
     }
 }
 
@@ -451,15 +440,9 @@ async fn delete_store(client: Client, name: String, uid: String) -> Result<Writt
 
 /// Drops the agent's finalizer from a layer, if the API server confirms that the node does not exist.
 async fn drop_finalizer(client: Client, layer: ObjectKey, uid: String, node: String) -> Result<Written, WriteError> {
-    let nodes: Api<Node> = Api::all(client.clone());
-    match tokio::time::timeout(CALL_TIMEOUT, nodes.get_metadata_opt(&node)).await {
-        Ok(Ok(None)) => {}
-        Ok(Ok(Some(found))) => {
-            debug!(node = found.name_any(), "the node is there after all");
-            return Ok(Written::Nothing);
-        }
-        Ok(Err(error)) => return Err(error.into()),
-        Err(_) => return Err(WriteError::Timeout),
+    if uid_of::<Node>(&client, &ObjectKey::new("", &node)).await?.is_some() {
+        debug!(%node, "the node is there after all");
+        return Ok(Written::Nothing);
     }
     info!(%layer, %node, "the layer's node is gone; dropping its finalizer");
     // The finalizer is the agent's: only in its name can it be given up.

@@ -16,7 +16,7 @@ use super::Error;
 use super::error::IoContext;
 use super::mount::open_folder;
 use super::record::sync_folder;
-use crate::store::tree::{LeafKind, Node, Tree};
+use crate::store::tree::{LeafKind, Meta, Node, Tree};
 use crate::store::{Store, TreeDigest};
 
 const PRIVATE: &[u8] = b"trusted.overlay.";
@@ -94,14 +94,15 @@ fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>, lower: &Path, upper: &P
     Ok(())
 }
 
+/// What every inode of the tree has.
+fn metas(tree: &mut Tree) -> impl Iterator<Item = &mut Meta> {
+    let dirs = tree.dirs.iter_mut().map(|dir| &mut dir.meta);
+    dirs.chain(tree.leaves.iter_mut().map(|leaf| &mut leaf.meta))
+}
+
 /// Gives every entry the owner that a layer with `ids` shows.
 pub(crate) fn own(tree: &mut Tree, ids: (u32, u32)) {
-    let metas = tree
-        .dirs
-        .iter_mut()
-        .map(|d| &mut d.meta)
-        .chain(tree.leaves.iter_mut().map(|l| &mut l.meta));
-    for meta in metas {
+    for meta in metas(tree) {
         (meta.uid, meta.gid) = ids;
     }
 }
@@ -109,12 +110,7 @@ pub(crate) fn own(tree: &mut Tree, ids: (u32, u32)) {
 /// Escapes the attributes that overlayfs would take for its own (kernel 6.7 and later show them unescaped through the
 /// mount; "Nesting overlayfs mounts" in the kernel's overlayfs document).
 fn escape(tree: &mut Tree) {
-    let metas = tree
-        .dirs
-        .iter_mut()
-        .map(|d| &mut d.meta)
-        .chain(tree.leaves.iter_mut().map(|l| &mut l.meta));
-    for meta in metas {
+    for meta in metas(tree) {
         let mut changed = false;
         for (name, _) in &mut meta.xattrs {
             if let Some(rest) = name.strip_prefix(PRIVATE) {
