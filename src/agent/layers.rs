@@ -15,6 +15,7 @@ use tracing::{debug, error, info, warn};
 use super::builds::MountedLayers;
 use super::layer_plan::{self, Observed, Outcome, Step};
 use super::node::Placed;
+use super::tell;
 use crate::api::conditions::reasons;
 use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer};
 use crate::cluster::{
@@ -330,7 +331,7 @@ impl Keeper {
                         Err(WriteError::NotFound) => {}
                         Err(error) => {
                             entry.write_backoff.failed(now);
-                            if entry.write_backoff.failures() > 2 || !matches!(error, WriteError::Conflict) {
+                            if error.is_news(entry.write_backoff.failures()) {
                                 warn!(layer = %key, %error, "cannot write the layer's status; trying again");
                             }
                         }
@@ -419,11 +420,7 @@ impl Keeper {
             .metrics()
             .layers
             .set(i64::try_from(mounted.len()).unwrap_or(i64::MAX));
-        self.start.mounted.send_if_modified(|known| {
-            let changed = *known != mounted;
-            *known = mounted;
-            changed
-        });
+        tell(&self.start.mounted, mounted);
     }
 
     /// Looks how much the layers use.

@@ -195,3 +195,12 @@ fn or_none<T>(loaded: Result<Option<T>, saved::FileError>) -> Option<T> {
         None
     })
 }
+
+/// Sends a value to whoever watches it, if it is another one.
+fn tell<T: PartialEq>(watchers: &watch::Sender<T>, value: T) {
+    watchers.send_if_modified(|known| {
+        let changed = *known != value;
+        *known = value;
+        changed
+    });
+}

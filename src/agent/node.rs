@@ -16,11 +16,12 @@ use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::{self, Failed, Goal, Known, Step};
 use super::retention::{self, Due, Memory};
 use super::saved::{self, SavedSpec};
+use super::tell;
 use super::throttle::Throttle;
 use super::work::{self, Built, Collected, Counted, Done};
 use crate::api::conditions::{Verdict, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
-use crate::cluster::{AGENT_MANAGER, Backoff, Followed, ObjectKey, WriteError, apply_status};
+use crate::cluster::{AGENT_MANAGER, Backoff, Followed, ObjectKey, apply_status};
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
 
@@ -81,7 +82,8 @@ pub struct Node {
     placed: watch::Sender<Placed>,
     owner: watch::Sender<Option<OwnerReference>>,
 
-    spec: Option<SavedSpec>,
+    /// Shared with what the loop looks at, which changes the rest of it meanwhile.
+    spec: Option<Arc<SavedSpec>>,
     refs: BTreeMap<ObjectKey, Ref>,
     /// A problem of the store itself, for the NodeStore's Ready.
     problem: Option<String>,
@@ -114,7 +116,7 @@ impl Node {
             mounted: start.mounted,
             placed: start.placed,
             owner: start.owner,
-            spec: start.spec,
+            spec: start.spec.map(Arc::new),
             refs: start.refs,
             problem: start.problem,
             jobs: HashMap::new(),
@@ -184,11 +186,7 @@ impl Node {
             .flatten()
             .find(|owner| owner.kind == "Node")
             .cloned();
-        self.owner.send_if_modified(|known| {
-            let changed = *known != owner;
-            *known = owner;
-            changed
-        });
+        tell(&self.owner, owner);
         let store = match object.object {
             Ok(store) => store,
             Err(invalid) => {
@@ -206,23 +204,16 @@ impl Node {
             generation: object.metadata.generation.unwrap_or_default(),
             spec: store.spec,
         };
-        if self.spec.as_ref() != Some(&spec) {
+        if self.spec.as_deref() != Some(&spec) {
             info!(
                 node = self.node,
                 generation = spec.generation,
                 manifests = spec.spec.manifests.len(),
                 "taking up a new spec"
             );
-            self.spec = Some(spec);
+            self.spec = Some(Arc::new(spec));
             self.unsaved.spec = true;
         }
-    }
-
-    fn manifests(&self) -> Vec<ProjectedManifest> {
-        self.spec
-            .as_ref()
-            .map(|spec| spec.spec.manifests.clone())
-            .unwrap_or_default()
     }
 
     fn known<'a>(&'a self, manifest: &ProjectedManifest) -> Known<'a> {
@@ -238,12 +229,13 @@ impl Node {
     fn work(&mut self) -> Instant {
         let now = Instant::now();
         let mut wake = now + TICK;
-        let manifests = self.manifests();
-        plan::prune(&mut self.failed, &manifests);
-        plan::prune(&mut self.checked, &manifests);
-        self.cancel_unwanted(&manifests);
+        let spec = self.spec.clone();
+        let manifests: &[ProjectedManifest] = spec.as_ref().map_or(&[], |spec| &spec.spec.manifests);
+        plan::prune(&mut self.failed, manifests);
+        plan::prune(&mut self.checked, manifests);
+        self.cancel_unwanted(manifests);
         let mut steps = Vec::with_capacity(manifests.len());
-        for manifest in &manifests {
+        for manifest in manifests {
             let interval = manifest
                 .rebuild_interval
                 .as_ref()
@@ -262,12 +254,12 @@ impl Node {
             steps.push(step);
         }
         if self.spec.is_some() {
-            self.retire(&manifests, now);
+            self.retire(manifests, now);
         }
         wake = wake.min(self.retention(now));
         self.save();
-        self.publish_placed(&manifests);
-        wake.min(self.write_status(&manifests, &steps, now))
+        self.publish_placed(manifests);
+        wake.min(self.write_status(manifests, &steps, now))
     }
 
     /// Builds whose manifest is gone from the spec have no step of their own.
@@ -374,7 +366,7 @@ impl Node {
         let spec = self.spec.clone().filter(|_| unsaved.spec);
         let memory = unsaved.memory.then(|| self.memory.clone());
         self.tasks.spawn_blocking(move || {
-            let spec = spec.map_or(Ok(()), |spec| saved::save(&root.join(saved::SPEC), &spec));
+            let spec = spec.map_or(Ok(()), |spec| saved::save(&root.join(saved::SPEC), &*spec));
             let memory = memory.map_or(Ok(()), |memory| saved::save(&root.join(saved::MEMORY), &memory));
             Done::Saved(spec.and(memory))
         });
@@ -410,11 +402,7 @@ impl Node {
                 (ObjectKey::new(&manifest.namespace, &manifest.name), digest)
             })
             .collect();
-        self.placed.send_if_modified(|known| {
-            let changed = *known != placed;
-            *known = placed;
-            changed
-        });
+        tell(&self.placed, placed);
     }
 
     /// Writes the status if it differs and may be written now; gives the time of the next look.
@@ -518,7 +506,7 @@ impl Node {
                     Err(error) => {
                         self.health.metrics().write_errors.inc();
                         self.write_backoff.failed(now);
-                        if self.write_backoff.failures() > 2 || !matches!(error, WriteError::Conflict) {
+                        if error.is_news(self.write_backoff.failures()) {
                             let failures = self.write_backoff.failures();
                             warn!(node = self.node, %error, failures, "cannot write the node's status; trying again");
                         }

@@ -25,6 +25,14 @@ pub enum WriteError {
     Api(kube::Error),
 }
 
+impl WriteError {
+    /// Whether a write that has failed this many times in a row is worth a warning. A conflict with somebody's change is
+    /// ordinary: the watch brings that change.
+    pub fn is_news(&self, failures: u32) -> bool {
+        failures > 2 || !matches!(self, Self::Conflict)
+    }
+}
+
 /// The API server's own words without the structure that kube adds to them, which repeats them.
 fn refusal(error: &kube::Error) -> String {
     match error {

@@ -377,8 +377,7 @@ impl Shell {
                 self.health.metrics().write_errors.inc();
                 let failures = turn.backoff.failures();
                 turn.backoff.failed(now);
-                // A conflict with somebody's change is ordinary; the watch brings that change.
-                if failures > 2 || !matches!(error, WriteError::Conflict) {
+                if error.is_news(failures) {
                     warn!(?key, %error, failures = failures + 1, "cannot write; trying again");
                 }
             }

@@ -27,6 +27,8 @@ const UNRESOLVED: [&[u8]; 2] = [b"trusted.overlay.redirect", b"trusted.overlay.m
 /// As [`super::scan`], and those of [`Layers::upper`].
 pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBool) -> Result<Tree, Error> {
     let upper = layers.upper(id)?;
+    // Until the build is published, also when the layer is released before.
+    build.keep(layers.store().hold(&upper.record.tree)?);
     let mut base = layers.store().load(&upper.record.tree)?;
     if let Some(ids) = upper.record.ids {
         own(&mut base, ids);
@@ -43,13 +45,6 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
         cancel,
         store: None,
     };
-    // The contents of the tree below are leased while they may be named.
-    for (digest, size) in base.contents() {
-        match build.find(digest)? {
-            Some(found) if found == size => {}
-            _ => return Err(store::Error::MissingBlob { digest: *digest }.into()),
-        }
-    }
     read(
         &folder,
         || Over {

@@ -6,8 +6,8 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
@@ -15,7 +15,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
-use super::leases::{BuildLeases, Leased};
+use super::leases::{BuildLeases, Hold, Leased};
 use super::{Digest, Error, Store, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
@@ -51,6 +51,8 @@ pub struct Build {
     /// Has a write failed? Then nothing may be published.
     pub(super) failed: AtomicBool,
     reflink: AtomicBool,
+    /// Trees whose contents the tree under way may name.
+    holds: Mutex<Vec<Hold>>,
 }
 
 impl Store {
@@ -70,12 +72,18 @@ impl Store {
             next: AtomicU64::new(1),
             failed: AtomicBool::new(false),
             reflink: AtomicBool::new(true),
+            holds: Mutex::default(),
             store,
         })
     }
 }
 
 impl Build {
+    /// Keeps a tree until the build is published or dropped, so that its contents may be named without a lookup each.
+    pub fn keep(&self, hold: Hold) {
+        lock(&self.holds).push(hold);
+    }
+
     /// Stores what a reader gives until its end.
     ///
     /// Fails with [`Error::Source`] if the reader does (the build may go on), else the build is lost.

@@ -185,6 +185,20 @@ fn a_hold_keeps_a_tree_while_it_lives() {
 }
 
 #[test]
+fn a_build_keeps_a_tree_until_it_ends() {
+    let (_dir, store) = store();
+    let revision = publish(&store, "a", &[("f", b"held")]);
+    let build = store.build().unwrap();
+    build.keep(store.hold(&revision.digest).unwrap());
+    store.forget(&name("a")).unwrap();
+    collect(&store);
+    assert!(exists(&store, b"held"));
+    drop(build);
+    collect(&store);
+    assert!(!exists(&store, b"held"));
+}
+
+#[test]
 fn history_is_young_as_long_as_it_was_held_lately() {
     let (_dir, store) = store();
     let revision = publish(&store, "a", &[("f", b"held")]);
