@@ -9,10 +9,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
@@ -62,7 +63,7 @@ impl Store {
         store.reserve(0)?;
         let path = store.staging_name("build");
         let error = |e: Errno| store.write_error(&path, 4096, e);
-        files::ensure_dir(&store.dir, &path).map_err(error)?;
+        files::ensure_dir(Step::BuildDir, &store.dir, &path).map_err(error)?;
         let dir = files::open_dir(&store.dir, path.as_str()).map_err(error)?;
         let leases = store.leases.begin_build();
         Ok(Build {
@@ -107,7 +108,7 @@ impl Build {
             true => FINE,
             false => 0,
         };
-        let mut reader = At { file: from, offset: 0 };
+        let mut reader = Reader::new(Step::SourceRead, from);
         if size > SMALL as u64 {
             if self.reflink.load(Ordering::Relaxed)
                 && let Some(blob) = self.put_reflink(from)?
@@ -163,7 +164,7 @@ impl Build {
             self.guard(|| {
                 self.store.reserve(size)?;
                 let file = self.create(number)?;
-                let written = files::write_at(file.as_fd(), bytes, 0, hole);
+                let written = files::write_at(Step::BlobWrite, file.as_fd(), bytes, 0, hole);
                 written.map_err(|e| self.store.write_error(&self.path, size, e))?;
                 self.set_length(&file, size)
             })?;
@@ -193,7 +194,7 @@ impl Build {
             hash.update(bytes);
             self.guard(|| {
                 self.store.reserve(bytes.len() as u64)?;
-                let written = files::write_at(file.as_fd(), bytes, size, hole);
+                let written = files::write_at(Step::BlobWrite, file.as_fd(), bytes, size, hole);
                 written.map_err(|e| self.store.write_error(&self.path, bytes.len() as u64, e))
             })?;
             size += filled as u64;
@@ -207,7 +208,7 @@ impl Build {
     fn put_reflink(&self, from: &File) -> Result<Option<Blob>, Error> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let file = self.guard(|| self.create(number))?;
-        match rustix::fs::ioctl_ficlone(&file, from) {
+        match disk::reflink(Step::BlobReflink, &file, from) {
             Ok(()) => {}
             Err(error) => {
                 // Another file system, or one without reflinks. Whatever else it is, copying will tell.
@@ -222,7 +223,7 @@ impl Build {
         let mut hash = Sha256::new();
         let mut buffer = vec![0; CHUNK];
         let mut size = 0u64;
-        let mut stored = At { file: &file, offset: 0 };
+        let mut stored = Reader::new(Step::StagedRead, &file);
         loop {
             let filled = match fill(&mut stored, &mut buffer) {
                 Ok(0) => break,
@@ -279,28 +280,28 @@ impl Build {
 
     fn touch(&self, digest: &Digest) -> Result<(), Error> {
         let path = object_path(digest);
-        files::touch(&self.store.dir, path.as_str()).map_err(|e| Error::io("touch", self.store.path(&path), e))
+        let touched = files::touch(Step::BlobTouch, &self.store.dir, path.as_str());
+        touched.map_err(|e| Error::io("touch", self.store.path(&path), e))
     }
 
     fn create(&self, number: u64) -> Result<File, Error> {
-        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.dir, number.to_string(), flags, Mode::from_raw_mode(0o400));
-        Ok(File::from(
-            file.map_err(|e| self.store.write_error(&self.path, 4096, e))?,
-        ))
+        let flags = OFlags::RDWR | OFlags::EXCL;
+        let file = disk::create(Step::BlobCreate, &self.dir, number.to_string(), flags, 0o400);
+        file.map_err(|e| self.store.write_error(&self.path, 4096, e))
     }
 
     /// A file that ends in a hole has its length set by hand.
     fn set_length(&self, file: &File, size: u64) -> Result<(), Error> {
         let stat = rustix::fs::fstat(file).map_err(|e| Error::io("look at", self.store.path(&self.path), e))?;
         if stat.st_size.max(0) as u64 != size {
-            rustix::fs::ftruncate(file, size).map_err(|e| self.store.write_error(&self.path, 4096, e))?;
+            let cut = disk::truncate(Step::BlobTruncate, file, size);
+            cut.map_err(|e| self.store.write_error(&self.path, 4096, e))?;
         }
         Ok(())
     }
 
     fn discard(&self, number: u64) -> Result<(), Error> {
-        let removed = files::remove_file(&self.dir, number.to_string());
+        let removed = files::remove_file(Step::BlobDiscard, &self.dir, number.to_string());
         removed.map_err(|e| Error::io("remove a staged file of", self.store.path(&self.path), e))
     }
 
@@ -316,20 +317,6 @@ impl Drop for Build {
         self.store.leases.end_build(&self.leases);
         // Should it fail, the next start empties staging.
         let _ = remove::remove_tree(&self.store.dir, self.path.as_str());
-    }
-}
-
-/// Reads a file from an offset of its own, whatever the descriptor's position.
-struct At<'a> {
-    file: &'a File,
-    offset: u64,
-}
-
-impl Read for At<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        let read = rustix::io::pread(self.file, buffer, self.offset)?;
-        self.offset += read as u64;
-        Ok(read)
     }
 }
 

@@ -9,9 +9,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_OMIT, Uid, XattrFlags};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_OMIT, Uid};
 use rustix::io::Errno;
 
+use super::disk::{self, Step};
 use super::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Node, Tree};
 use super::{Digest, Error, Store, files};
 
@@ -26,7 +27,7 @@ impl Store {
     /// written until then stays, for the caller to remove ([`super::remove_all`]).
     pub fn export(&self, tree: &Tree, into: &Path, owner: Option<(u32, u32)>) -> Result<(), Error> {
         let error = |action: &'static str| move |e: Errno| Error::io(action, into, e);
-        match rustix::fs::mkdir(into, Mode::from_raw_mode(0o700)) {
+        match disk::mkdir(Step::ExportRoot, rustix::fs::CWD, into) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(other) => return Err(self.inner.write_error(into, 4096, other)),
         }
@@ -40,13 +41,14 @@ impl Store {
         }
         // What a default ACL of the parent would give to everything below.
         for acl in ["system.posix_acl_default", "system.posix_acl_access"] {
-            match rustix::fs::fremovexattr(&top, acl) {
+            match disk::remove_xattr(Step::ExportAcl, &top, acl) {
                 Ok(()) | Err(Errno::NODATA | Errno::OPNOTSUPP) => {}
                 Err(other) => return Err(error("remove an inherited ACL of")(other)),
             }
         }
         // … and without setgid, groups are not inherited either.
-        rustix::fs::fchmod(&top, Mode::from_raw_mode(0o700)).map_err(error("change the mode of"))?;
+        let private = Mode::from_raw_mode(0o700);
+        disk::fchmod(Step::ExportRootMode, &top, private).map_err(error("change the mode of"))?;
         let mut export = Export {
             store: self,
             top: top.as_fd(),
@@ -113,7 +115,7 @@ impl Export<'_> {
             let name: &[u8] = &entry.name;
             match entry.node {
                 Node::Dir(id) => {
-                    let made = rustix::fs::mkdirat(&current, name, Mode::from_raw_mode(0o700));
+                    let made = disk::mkdir(Step::ExportDir, &current, name);
                     made.map_err(|e| self.error("create the folder", e))?;
                     current = self.open(current.as_fd(), name)?;
                     parents[id.0 as usize] = Some((dir, index));
@@ -145,46 +147,43 @@ impl Export<'_> {
         let mode = Mode::from_raw_mode(leaf.meta.mode.into());
         match &leaf.kind {
             LeafKind::File { digest, size } => return self.file(dir, name, leaf, digest, *size),
-            LeafKind::Symlink(target) => rustix::fs::symlinkat(&**target, dir, name),
+            LeafKind::Symlink(target) => disk::symlink(Step::ExportSpecial, target, dir, name),
             LeafKind::CharDevice { major, minor } => {
                 let device = rustix::fs::makedev(*major, *minor);
-                rustix::fs::mknodat(dir, name, FileType::CharacterDevice, mode, device)
+                disk::mknod(Step::ExportSpecial, dir, name, FileType::CharacterDevice, mode, device)
             }
             LeafKind::BlockDevice { major, minor } => {
                 let device = rustix::fs::makedev(*major, *minor);
-                rustix::fs::mknodat(dir, name, FileType::BlockDevice, mode, device)
+                disk::mknod(Step::ExportSpecial, dir, name, FileType::BlockDevice, mode, device)
             }
-            LeafKind::Fifo => rustix::fs::mknodat(dir, name, FileType::Fifo, mode, 0),
-            LeafKind::Socket => rustix::fs::mknodat(dir, name, FileType::Socket, mode, 0),
+            LeafKind::Fifo => disk::mknod(Step::ExportSpecial, dir, name, FileType::Fifo, mode, 0),
+            LeafKind::Socket => disk::mknod(Step::ExportSpecial, dir, name, FileType::Socket, mode, 0),
         }
         .map_err(|e| self.error("create the entry", e))?;
 
-        let (uid, gid) = self.owner(&leaf.meta);
-        rustix::fs::chownat(dir, name, uid, gid, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| self.error("set the owner", e))?;
+        let owner = self.owner(&leaf.meta);
+        disk::chown(Step::ExportOwner, dir, name, owner).map_err(|e| self.error("set the owner", e))?;
         if !matches!(leaf.kind, LeafKind::Symlink(_)) {
             // Again: the umask and the change of the owner have taken bits away.
-            rustix::fs::chmodat(dir, name, mode, AtFlags::empty()).map_err(|e| self.error("set the mode", e))?;
+            disk::chmod(Step::ExportMode, dir, name, mode).map_err(|e| self.error("set the mode", e))?;
         }
         if !leaf.meta.xattrs.is_empty() {
             // There is no call for an entry of a folder's descriptor; this path reaches the same and is never too long.
             let mut path = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
             path.extend_from_slice(name);
             for (attribute, value) in &leaf.meta.xattrs {
-                rustix::fs::lsetxattr(path.as_slice(), &**attribute, value, XattrFlags::empty())
+                disk::set_xattr(Step::ExportXattr, path.as_slice(), attribute, value)
                     .map_err(|e| self.xattr(attribute, value, e))?;
             }
         }
         let times = times(&leaf.meta);
-        rustix::fs::utimensat(dir, name, &times, AtFlags::SYMLINK_NOFOLLOW)
-            .map_err(|e| self.error("set the time", e))?;
+        disk::set_times(Step::ExportTime, dir, name, &times).map_err(|e| self.error("set the time", e))?;
         self.check_time(&leaf.meta, rustix::fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW))
     }
 
     fn file(&mut self, dir: &OwnedFd, name: &[u8], leaf: &Leaf, digest: &Digest, size: u64) -> Result<(), Error> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let made = rustix::fs::openat(dir, name, flags, Mode::from_raw_mode(0o600));
-        let file = File::from(made.map_err(|e| self.error("create the file", e))?);
+        let made = disk::create(Step::ExportFile, dir, name, OFlags::WRONLY | OFlags::EXCL, 0o600);
+        let file = made.map_err(|e| self.error("create the file", e))?;
         if size > 0 {
             self.data(&file, digest, size)?;
         }
@@ -206,7 +205,7 @@ impl Export<'_> {
             }));
         }
         if self.reflink {
-            match rustix::fs::ioctl_ficlone(file, &from) {
+            match disk::reflink(Step::ExportReflink, file, &from) {
                 Ok(()) => return Ok(()),
                 // Not this file system, or not from this one. Other failures are the copy's to find and name.
                 Err(Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS | Errno::XDEV) => self.reflink = false,
@@ -246,21 +245,20 @@ impl Export<'_> {
             return Err(self.error("find the first name", Errno::NOENT));
         };
         debug_assert!(self.names[leaf.0 as usize].is_some());
-        rustix::fs::linkat(from, names(first), dir, name, AtFlags::empty())
-            .map_err(|e| self.error("create the hard link", e))
+        disk::link(Step::ExportLink, from, names(first), dir, name).map_err(|e| self.error("create the hard link", e))
     }
 
     /// The order matters: a change of the owner takes away setuid bits and capabilities; every change moves the time.
     fn finish(&self, file: impl AsFd + Copy, meta: &Meta) -> Result<(), Error> {
-        let (uid, gid) = self.owner(meta);
-        rustix::fs::fchown(file, uid, gid).map_err(|e| self.error("set the owner", e))?;
+        let owner = self.owner(meta);
+        disk::fchown(Step::ExportOwner, file, owner).map_err(|e| self.error("set the owner", e))?;
         let mode = Mode::from_raw_mode(meta.mode.into());
-        rustix::fs::fchmod(file, mode).map_err(|e| self.error("set the mode", e))?;
+        disk::fchmod(Step::ExportMode, file, mode).map_err(|e| self.error("set the mode", e))?;
         for (attribute, value) in &meta.xattrs {
-            rustix::fs::fsetxattr(file, &**attribute, value, XattrFlags::empty())
+            disk::set_file_xattr(Step::ExportXattr, file, attribute, value)
                 .map_err(|e| self.xattr(attribute, value, e))?;
         }
-        rustix::fs::futimens(file, &times(meta)).map_err(|e| self.error("set the time", e))?;
+        disk::set_file_times(Step::ExportTime, file, &times(meta)).map_err(|e| self.error("set the time", e))?;
         self.check_time(meta, rustix::fs::fstat(file))
     }
 
@@ -370,14 +368,14 @@ fn copy(from: &File, to: &File, size: u64, sparse: bool) -> Result<(), Errno> {
         copy_run(from, to, start, end.min(size))?;
         at = end;
     }
-    rustix::fs::ftruncate(to, size)
+    disk::truncate(Step::ExportTruncate, to, size)
 }
 
 fn copy_run(from: &File, to: &File, start: u64, end: u64) -> Result<(), Errno> {
     let (mut read_at, mut write_at) = (start, start);
     while read_at < end {
         let length = usize::try_from(end - read_at).unwrap_or(usize::MAX).min(1 << 30);
-        match rustix::fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), length) {
+        match disk::copy(Step::ExportCopy, from, &mut read_at, to, &mut write_at, length) {
             // A file that is shorter than its length said a moment ago: never on a healthy store.
             Ok(0) => return Err(Errno::IO),
             Ok(_) | Err(Errno::INTR) => {}
@@ -395,13 +393,13 @@ fn copy_through(from: &File, to: &File, mut at: u64, end: u64) -> Result<(), Err
     let mut buffer = vec![0; 1 << 17];
     while at < end {
         let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
-        let read = match rustix::io::pread(from, &mut buffer[..length], at) {
+        let read = match disk::pread(Step::ExportRead, from, &mut buffer[..length], at) {
             Ok(0) => return Err(Errno::IO),
             Ok(read) => read,
             Err(Errno::INTR) => continue,
             Err(error) => return Err(error),
         };
-        files::write_at(to.as_fd(), &buffer[..read], at, 0)
+        files::write_at(Step::ExportWrite, to.as_fd(), &buffer[..read], at, 0)
             .map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO))?;
         at += read as u64;
     }

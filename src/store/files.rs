@@ -2,26 +2,25 @@
 
 use std::ffi::CString;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rustix::fs::{AtFlags, Dir, FileType, Mode, OFlags, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
+use rustix::fs::{AtFlags, Dir, FileType, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
 use rustix::io::Errno;
+
+use super::disk::{self, Step};
 
 /// Takes a lock whatever happened to its last holder: what our locks guard is never left half done by a panic.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-pub(super) fn open_dir(at: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(at, name, flags, Mode::empty())
-}
+pub(super) use disk::open_dir;
 
 /// Makes a folder that only root enters; one that is there already is good.
-pub(super) fn ensure_dir(at: impl AsFd, name: &str) -> Result<(), Errno> {
-    match rustix::fs::mkdirat(at, name, Mode::from_raw_mode(0o700)) {
+pub(super) fn ensure_dir(step: Step, at: impl AsFd, name: &str) -> Result<(), Errno> {
+    match disk::mkdir(step, at, name) {
         Err(Errno::EXIST) => Ok(()),
         other => other,
     }
@@ -69,15 +68,15 @@ pub(super) fn mtime(stat: &Stat) -> SystemTime {
 }
 
 /// Removes a name that is not a folder; one that is gone already is good.
-pub(super) fn remove_file(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
-    match rustix::fs::unlinkat(at, name, AtFlags::empty()) {
+pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    match disk::unlink(step, at, name) {
         Err(Errno::NOENT) => Ok(()),
         other => other,
     }
 }
 
 /// Sets a file's mtime to now: "last used".
-pub(super) fn touch(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+pub(super) fn touch(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
     let times = Timestamps {
         last_access: Timespec {
             tv_sec: 0,
@@ -88,7 +87,7 @@ pub(super) fn touch(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), E
             tv_nsec: UTIME_NOW,
         },
     };
-    rustix::fs::utimensat(at, name, &times, AtFlags::SYMLINK_NOFOLLOW)
+    disk::set_times(step, at, name, &times)
 }
 
 /// Bytes that an ordinary user could still write to the file system.
@@ -99,26 +98,31 @@ pub(super) fn available(fd: impl AsFd) -> Result<u64, Errno> {
 
 /// Writes all of `bytes` at `offset`, leaving out every whole block of `hole` bytes that is zero (they stay holes of
 /// a new file). With `hole` 0 everything is written. The file's length is the caller's business.
-pub(super) fn write_at(file: BorrowedFd<'_>, bytes: &[u8], offset: u64, hole: usize) -> io::Result<()> {
+pub(super) fn write_at(step: Step, file: BorrowedFd<'_>, bytes: &[u8], offset: u64, hole: usize) -> io::Result<()> {
     if hole == 0 {
-        return write_run(file, bytes, offset);
+        return write_run(step, file, bytes, offset);
     }
     let mut start = 0;
     let mut at = 0;
     while at < bytes.len() {
         let block = &bytes[at..bytes.len().min(at + hole)];
         if block.len() == hole && is_zero(block) {
-            write_run(file, &bytes[start..at], offset + start as u64)?;
+            write_run(step, file, &bytes[start..at], offset + start as u64)?;
             start = at + hole;
         }
         at += block.len();
     }
-    write_run(file, bytes.get(start..).unwrap_or_default(), offset + start as u64)
+    write_run(
+        step,
+        file,
+        bytes.get(start..).unwrap_or_default(),
+        offset + start as u64,
+    )
 }
 
-fn write_run(file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+fn write_run(step: Step, file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
     while !bytes.is_empty() {
-        match rustix::io::pwrite(file, bytes, offset) {
+        match disk::pwrite(step, file, bytes, offset) {
             Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
             Ok(written) => {
                 bytes = &bytes[written..];

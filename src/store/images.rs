@@ -5,6 +5,7 @@ use std::time::SystemTime;
 
 use rustix::io::Errno;
 
+use super::disk::{self, Step};
 use super::layout::{IMAGES, Inner};
 use super::{Error, TreeDigest, files, remove};
 
@@ -89,7 +90,7 @@ pub(super) fn remove(store: &Inner, name: &str, tree: &TreeDigest) -> Result<boo
     let away = store.staging_name("image");
     let error = |e: Errno| Error::io("remove", store.path(&path), e);
     let moved = store.leases.unless_held(tree, || {
-        rustix::fs::renameat(&store.dir, path.as_str(), &store.dir, away.as_str())
+        disk::rename(Step::ImageMove, &store.dir, path.as_str(), &store.dir, away.as_str())
     });
     match moved {
         None | Some(Err(Errno::NOENT)) => Ok(false),

@@ -1,17 +1,17 @@
 //! The store's folder: its layout, its identity, the one-writer lock.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{FlockOperation, OFlags};
 use serde::{Deserialize, Serialize};
 
+use super::disk::{self, Step};
 use super::error::is_full;
 use super::files::{self, lock};
 use super::leases::Leases;
@@ -89,13 +89,10 @@ pub(super) struct Inner {
 
 impl Inner {
     pub fn open(root: &Path, options: Options) -> Result<Inner, Error> {
-        let mut builder = std::fs::DirBuilder::new();
-        builder.recursive(true).mode(0o700);
-        builder.create(root).map_err(|e| Error::io("create", root, e))?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(root, flags, Mode::empty()).map_err(|e| Error::io("open", root, e))?;
+        disk::mkdir_all(Step::RootDir, root).map_err(|e| Error::io("create", root, e))?;
+        let dir = disk::open_root(root).map_err(|e| Error::io("open", root, e))?;
         refuse_strangers(root, &dir)?;
-        let lock = take_lock(root)?;
+        let lock = take_lock(root, &dir)?;
         let id = match read_config(root)? {
             Some(config) => config.id,
             None => create(root, &dir)?,
@@ -120,7 +117,7 @@ impl Inner {
     /// What builds and collections of a process that is gone have left. Nobody else writes here: we hold the lock.
     fn empty_staging(&self) -> Result<(), Error> {
         let error = |e| Error::io("empty", self.path(STAGING), e);
-        files::ensure_dir(&self.dir, STAGING).map_err(error)?;
+        files::ensure_dir(Step::StagingDir, &self.dir, STAGING).map_err(error)?;
         let staging = files::open_dir(&self.dir, STAGING).map_err(error)?;
         for (name, _) in files::names(&staging).map_err(error)? {
             remove::remove_tree(&staging, name.as_c_str()).map_err(error)?;
@@ -246,17 +243,10 @@ fn refuse_strangers(root: &Path, dir: &OwnedFd) -> Result<(), Error> {
     Ok(())
 }
 
-fn take_lock(root: &Path) -> Result<File, Error> {
+fn take_lock(root: &Path, dir: &OwnedFd) -> Result<File, Error> {
     let path = root.join(LOCK);
-    let mut file = File::options()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(&path)
-        .map_err(|e| Error::io("open", &path, e))?;
+    let file = disk::create(Step::LockCreate, dir, LOCK, OFlags::RDWR, 0o600);
+    let file = file.map_err(|e| Error::io("open", &path, e))?;
     // A child that the last holder forked holds the lock with it until it becomes another program, which is a moment.
     let patience = Instant::now() + Duration::from_millis(500);
     let mut locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
@@ -278,10 +268,10 @@ fn take_lock(root: &Path) -> Result<File, Error> {
         Err(error) => return Err(Error::io("lock", &path, error)),
     }
     // The pid is for messages only, and a full disk must not keep a store from being opened (its collection frees it).
-    let written = file
-        .rewind()
-        .and_then(|()| file.set_len(0))
-        .and_then(|()| writeln!(file, "{}", std::process::id()));
+    let pid = format!("{}\n", std::process::id());
+    let written = disk::truncate(Step::LockTruncate, &file, 0)
+        .map_err(io::Error::from)
+        .and_then(|()| files::write_at(Step::LockWrite, file.as_fd(), pid.as_bytes(), 0, 0));
     match written {
         Err(error) if !is_full(&error) => Err(Error::io("write", &path, error)),
         _ => Ok(file),
@@ -316,10 +306,10 @@ fn read_config(root: &Path) -> Result<Option<Config>, Error> {
 fn create(root: &Path, dir: &OwnedFd) -> Result<String, Error> {
     let error = |e: rustix::io::Errno| Error::io("create the folders of", root, e);
     for name in [STAGING, OBJECTS, MANIFESTS, IMAGES, REFS] {
-        files::ensure_dir(dir, name).map_err(error)?;
+        files::ensure_dir(Step::LayoutDir, dir, name).map_err(error)?;
     }
     for byte in 0..=255 {
-        files::ensure_dir(dir, &shard_path(byte)).map_err(error)?;
+        files::ensure_dir(Step::LayoutDir, dir, &shard_path(byte)).map_err(error)?;
     }
     let config = Config {
         format: FORMAT,
@@ -327,16 +317,15 @@ fn create(root: &Path, dir: &OwnedFd) -> Result<String, Error> {
     };
     let path = root.join(CONFIG);
     let text = serde_json::to_vec_pretty(&config).map_err(|e| Error::io("write", &path, io::Error::from(e)))?;
-    let new = root.join(format!("{CONFIG}.new"));
-    let written = File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&new)
-        .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()));
-    written.map_err(|e| Error::io("write", &new, e))?;
-    std::fs::rename(&new, &path).map_err(|e| Error::io("create", &path, e))?;
-    rustix::fs::syncfs(dir).map_err(error)?;
+    let new = format!("{CONFIG}.new");
+    let written = disk::create(Step::ConfigCreate, dir, &new, OFlags::WRONLY | OFlags::TRUNC, 0o600)
+        .map_err(io::Error::from)
+        .and_then(|file| {
+            files::write_at(Step::ConfigWrite, file.as_fd(), &text, 0, 0)?;
+            Ok(disk::fsync(Step::ConfigSync, &file)?)
+        });
+    written.map_err(|e| Error::io("write", root.join(&new), e))?;
+    disk::rename(Step::ConfigRename, dir, &new, dir, CONFIG).map_err(|e| Error::io("create", &path, e))?;
+    disk::syncfs(Step::LayoutSync, dir).map_err(error)?;
     Ok(config.id)
 }

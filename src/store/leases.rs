@@ -6,6 +6,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
+use super::disk::Step;
 use super::files::{self, lock};
 use super::layout::{Inner, manifest_path};
 use super::{Digest, TreeDigest};
@@ -137,7 +138,7 @@ impl Hold {
 impl Drop for Hold {
     fn drop(&mut self) {
         // The manifest's mtime is "last used". Best effort: the tree then counts as unused a little longer.
-        let _ = files::touch(&self.store.dir, manifest_path(&self.tree));
+        let _ = files::touch(Step::HoldTouch, &self.store.dir, manifest_path(&self.tree));
         let mut state = lock(&self.store.leases.0);
         if let Some(count) = state.trees.get_mut(&self.tree) {
             *count -= 1;

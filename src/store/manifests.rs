@@ -3,19 +3,18 @@
 use std::fs::File;
 use std::io::{self, Read};
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
+use super::disk::{self, Step};
 use super::layout::{Inner, manifest_path};
 use super::tree::{Digests, FormatError, Tree};
 use super::{Digest, Error, TreeDigest};
 
 fn open(store: &Inner, tree: &TreeDigest) -> Result<File, Error> {
     let path = manifest_path(tree);
-    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    match rustix::fs::openat(&store.dir, path.as_str(), flags, Mode::empty()) {
-        Ok(file) => Ok(file.into()),
+    match disk::open_file(&store.dir, path.as_str()) {
+        Ok(file) => Ok(file),
         Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
         Err(error) => Err(Error::io("open", store.path(&path), error)),
     }
@@ -58,6 +57,7 @@ fn bad(store: &Inner, tree: &TreeDigest, source: FormatError) -> Error {
 /// Hashes what is read through it.
 struct Hashing {
     file: File,
+    offset: u64,
     hash: Sha256,
 }
 
@@ -65,6 +65,7 @@ impl Hashing {
     fn new(file: File) -> Self {
         Self {
             file,
+            offset: 0,
             hash: Sha256::new(),
         }
     }
@@ -81,7 +82,8 @@ impl Hashing {
 
 impl Read for Hashing {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let read = self.file.read(buffer)?;
+        let read = disk::pread(Step::ManifestRead, &self.file, buffer, self.offset)?;
+        self.offset += read as u64;
         self.hash.update(&buffer[..read]);
         Ok(read)
     }

@@ -6,10 +6,12 @@
 //! - what cannot be read is reported and stops deletion; it is never taken for absent.
 //!
 //! No database: the file system is the truth, and opening a store reads nothing but `larder.json`. Nothing outside
-//! this module builds a path below `objects/`. All calls block.
+//! this module builds a path below `objects/`. All calls block. Whatever changes the disk is done by `disk/`, as a step
+//! with a name.
 
 mod build;
 mod digest;
+mod disk;
 mod error;
 mod export;
 mod files;
@@ -34,11 +36,11 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 pub use build::{Blob, Build};
 pub use digest::{Digest, InvalidDigest, TreeDigest};
+use disk::Step;
 pub use error::{Error, Problem};
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 pub use leases::Hold;
@@ -84,9 +86,8 @@ impl Store {
     /// Opens a content for reading. Fails with [`Error::MissingBlob`].
     pub fn read(&self, digest: &Digest) -> Result<File, Error> {
         let path = layout::object_path(digest);
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        match rustix::fs::openat(&self.inner.dir, path.as_str(), flags, Mode::empty()) {
-            Ok(file) => Ok(file.into()),
+        match disk::open_file(&self.inner.dir, path.as_str()) {
+            Ok(file) => Ok(file),
             Err(Errno::NOENT) => Err(Error::MissingBlob { digest: *digest }),
             Err(error) => Err(Error::io("open", self.inner.path(&path), error)),
         }
@@ -102,10 +103,12 @@ impl Store {
     pub fn hold(&self, tree: &TreeDigest) -> Result<Hold, Error> {
         let store = &self.inner;
         let path = layout::manifest_path(tree);
-        Hold::take(store, tree, || match files::touch(&store.dir, path.as_str()) {
-            Ok(()) => Ok(()),
-            Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
-            Err(error) => Err(Error::io("touch", store.path(&path), error)),
+        Hold::take(store, tree, || {
+            match files::touch(Step::HoldTouch, &store.dir, path.as_str()) {
+                Ok(()) => Ok(()),
+                Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
+                Err(error) => Err(Error::io("touch", store.path(&path), error)),
+            }
         })
     }
 
@@ -119,7 +122,8 @@ impl Store {
     /// An empty folder on the store's file system, removed with all its content when dropped, and at the next start.
     pub fn scratch(&self) -> Result<Scratch, Error> {
         let name = self.inner.staging_name("scratch");
-        files::ensure_dir(&self.inner.dir, &name).map_err(|e| self.inner.write_error(&name, 4096, e))?;
+        files::ensure_dir(Step::ScratchDir, &self.inner.dir, &name)
+            .map_err(|e| self.inner.write_error(&name, 4096, e))?;
         Ok(Scratch {
             path: self.inner.path(&name),
             name,

@@ -7,14 +7,14 @@
 //!
 //! A crash at any point leaves either no new name, or names of whole contents that nothing refers to yet.
 
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::disk::{self, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, manifest_path, object_path, shard_path};
 use super::leases::Hold;
@@ -58,13 +58,13 @@ impl Build {
         let _hold = Hold::take(&store, &digest, || Ok::<_, Error>(()))?;
         let keep_manifest = manifests::verify(&store, &digest).is_ok();
         if keep_manifest {
-            let removed = files::remove_file(&store.dir, manifest.as_str());
+            let removed = files::remove_file(Step::ManifestDiscard, &store.dir, manifest.as_str());
             removed.map_err(|e| Error::io("remove", store.path(&manifest), e))?;
-            let touched = files::touch(&store.dir, manifest_path(&digest));
+            let touched = files::touch(Step::ManifestTouch, &store.dir, manifest_path(&digest));
             touched.map_err(|e| Error::io("touch", store.path(manifest_path(&digest)), e))?;
         }
         if !keep_manifest || self.has_staged() {
-            self.sync()?;
+            self.sync(Step::StagedSync)?;
         }
         let added = self.name_blobs()?;
 
@@ -92,18 +92,19 @@ impl Build {
         if write_ref {
             store.stage_ref(&new, &staged_ref)?;
         }
-        self.sync()?;
+        self.sync(Step::NamedSync)?;
 
         if !keep_manifest {
             let path = manifest_path(&digest);
-            let renamed = rustix::fs::renameat(&store.dir, manifest.as_str(), &store.dir, path.as_str());
+            let from = manifest.as_str();
+            let renamed = disk::rename(Step::ManifestRename, &store.dir, from, &store.dir, path.as_str());
             renamed.map_err(|e| store.write_error(&path, 4096, e))?;
         }
         if write_ref {
             store.name_ref(&name, &staged_ref)?;
         }
         if write_ref || !keep_manifest {
-            self.sync()?;
+            self.sync(Step::PublishedSync)?;
         }
         match new.current {
             Some(revision) => Ok(revision),
@@ -132,10 +133,10 @@ impl Build {
     fn stage_manifest(&self, tree: &Tree, path: &str) -> Result<TreeDigest, Error> {
         let store = &self.store;
         store.reserve(0)?;
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&store.dir, path, flags, Mode::from_raw_mode(0o400));
-        let file = File::from(file.map_err(|e| store.write_error(path, 4096, e))?);
-        let mut out = BufWriter::new(file);
+        let flags = OFlags::WRONLY | OFlags::EXCL;
+        let file = disk::create(Step::ManifestCreate, &store.dir, path, flags, 0o400);
+        let file = file.map_err(|e| store.write_error(path, 4096, e))?;
+        let mut out = BufWriter::new(disk::Writer::new(Step::ManifestWrite, file));
         let digest = match tree.encode(&mut out) {
             Ok(digest) => digest,
             Err(EncodeError::Invalid(invalid)) => return Err(invalid.into()),
@@ -153,9 +154,9 @@ impl Build {
     }
 
     /// Makes everything on the file system durable, or reports what could not be written since the build began.
-    fn sync(&self) -> Result<(), Error> {
+    fn sync(&self, step: Step) -> Result<(), Error> {
         // What a failed sync lost is not known, so the build is lost. The kernel tells it once per descriptor.
-        rustix::fs::syncfs(&self.dir).map_err(|e| self.store.write_error(&self.path, 0, e))
+        disk::syncfs(step, &self.dir).map_err(|e| self.store.write_error(&self.path, 0, e))
     }
 
     /// Gives the staged blobs their names. Returns how many bytes that added.
@@ -195,12 +196,12 @@ impl Build {
 }
 
 fn name_blob(store: &Inner, byte: u8, from: &str, to: &str) -> Result<(), Error> {
-    let rename = || rustix::fs::renameat(&store.dir, from, &store.dir, to);
+    let rename = || disk::rename(Step::BlobRename, &store.dir, from, &store.dir, to);
     let error = |e: Errno| store.write_error(to, 4096, e);
     match rename() {
         Err(Errno::NOENT) => {
             // Somebody has removed an empty shard's folder.
-            files::ensure_dir(&store.dir, &shard_path(byte)).map_err(error)?;
+            files::ensure_dir(Step::ShardDir, &store.dir, &shard_path(byte)).map_err(error)?;
             rename().map_err(error)
         }
         other => other.map_err(error),

@@ -5,16 +5,17 @@
 
 use std::fmt;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
+use super::disk::{self, Reader, Step};
 use super::error::is_full;
 use super::files::{self, lock};
 use super::layout::{Inner, REFS, SPARE};
@@ -256,13 +257,13 @@ impl Inner {
             name: name.to_string(),
             message,
         };
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-        let file = match rustix::fs::openat(&self.dir, name.path(), flags, Mode::empty()) {
+        let file = match disk::open_file(&self.dir, name.path()) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-            other => File::from(other.map_err(|e| bad(io::Error::from(e).to_string()))?),
+            other => other.map_err(|e| bad(io::Error::from(e).to_string()))?,
         };
         let mut text = Vec::new();
-        io::Read::read_to_end(&mut io::Read::take(&file, MAX_REF + 1), &mut text).map_err(|e| bad(e.to_string()))?;
+        let mut limited = io::Read::take(Reader::new(Step::RefRead, &file), MAX_REF + 1);
+        io::Read::read_to_end(&mut limited, &mut text).map_err(|e| bad(e.to_string()))?;
         if text.len() as u64 > MAX_REF {
             return Err(bad(format!("it is larger than {MAX_REF} bytes")));
         }
@@ -320,7 +321,7 @@ impl Inner {
         let text = entry
             .to_json()
             .map_err(|e| Error::io("write", self.path(entry.name.path()), io::Error::from(e)))?;
-        match self.write_new(staged, &text) {
+        match self.write_new([Step::RefCreate, Step::RefWrite], staged, &text) {
             // History must be droppable on a full disk, where dropping it is what makes room.
             Err(error) if is_full(&error) && self.write_spare(staged, &text)? => self.reopen(staged),
             Err(error) => Err(self.write_error(staged, text.len() as u64, error)),
@@ -328,17 +329,14 @@ impl Inner {
         }
     }
 
-    fn write_new(&self, name: &str, text: &[u8]) -> Result<File, io::Error> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let mut file = File::from(rustix::fs::openat(&self.dir, name, flags, Mode::from_raw_mode(0o600))?);
-        file.write_all(text)?;
+    fn write_new(&self, [create, write]: [Step; 2], name: &str, text: &[u8]) -> Result<File, io::Error> {
+        let file = disk::create(create, &self.dir, name, OFlags::WRONLY | OFlags::EXCL, 0o600)?;
+        files::write_at(write, file.as_fd(), text, 0, 0)?;
         Ok(file)
     }
 
     fn reopen(&self, name: &str) -> Result<File, Error> {
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let file = rustix::fs::openat(&self.dir, name, flags, Mode::empty());
-        Ok(File::from(file.map_err(|e| self.write_error(name, 4096, e))?))
+        disk::open_for_writing(&self.dir, name).map_err(|e| self.write_error(name, 4096, e))
     }
 
     /// Writes into the blocks of the spare file, so that none have to be free. `false` if there is no spare, or the
@@ -347,14 +345,14 @@ impl Inner {
         if text.len() > SPARE_SIZE {
             return Ok(false);
         }
-        match rustix::fs::renameat(&self.dir, SPARE, &self.dir, name) {
+        match disk::rename(Step::SpareTake, &self.dir, SPARE, &self.dir, name) {
             Ok(()) => {}
             Err(Errno::NOENT) => return Ok(false),
             Err(error) => return Err(self.write_error(SPARE, text.len() as u64, error)),
         }
         let file = self.reopen(name)?;
-        files::write_at(file.as_fd(), text, 0, 0)
-            .and_then(|()| Ok(rustix::fs::ftruncate(&file, text.len() as u64)?))
+        files::write_at(Step::SpareFill, file.as_fd(), text, 0, 0)
+            .and_then(|()| Ok(disk::truncate(Step::SpareTruncate, &file, text.len() as u64)?))
             .map_err(|e| self.write_error(name, text.len() as u64, e))?;
         Ok(true)
     }
@@ -366,14 +364,16 @@ impl Inner {
             return Ok(());
         }
         let staged = self.staging_name("spare");
-        let made = self.write_new(&staged, &[0; SPARE_SIZE]).and_then(|file| {
-            file.sync_all()?;
-            Ok(rustix::fs::renameat(&self.dir, staged.as_str(), &self.dir, SPARE)?)
+        let steps = [Step::SpareCreate, Step::SpareWrite];
+        let made = self.write_new(steps, &staged, &[0; SPARE_SIZE]).and_then(|file| {
+            disk::fsync(Step::SpareSync, &file)?;
+            let staged = staged.as_str();
+            Ok(disk::rename(Step::SpareRename, &self.dir, staged, &self.dir, SPARE)?)
         });
         match made {
             Ok(()) => Ok(()),
             Err(error) => {
-                files::remove_file(&self.dir, staged.as_str())
+                files::remove_file(Step::SpareDiscard, &self.dir, staged.as_str())
                     .map_err(|e| Error::io("remove", self.path(&staged), e))?;
                 match is_full(&error) {
                     true => Ok(()),
@@ -388,8 +388,8 @@ impl Inner {
         let error = |e: Errno| self.write_error(name.path(), 4096, e);
         // A namespace's folder goes with its last ref, perhaps between these two calls.
         for _ in 0..100 {
-            files::ensure_dir(&self.dir, &namespace).map_err(error)?;
-            match rustix::fs::renameat(&self.dir, staged, &self.dir, name.path()) {
+            files::ensure_dir(Step::NamespaceDir, &self.dir, &namespace).map_err(error)?;
+            match disk::rename(Step::RefRename, &self.dir, staged, &self.dir, name.path()) {
                 Ok(()) => return Ok(()),
                 Err(Errno::NOENT) if matches!(files::stat(&self.dir, namespace.as_str()), Ok(None)) => {}
                 Err(other) => return Err(error(other)),
@@ -405,20 +405,20 @@ impl Inner {
         }
         let staged = self.staging_name("ref");
         let written = self.stage_ref(entry, &staged).and_then(|file| {
-            file.sync_all().map_err(|e| self.write_error(&staged, 4096, e))?;
+            disk::fsync(Step::RefSync, &file).map_err(|e| self.write_error(&staged, 4096, e))?;
             self.name_ref(&entry.name, &staged)?;
             self.sync_namespace(&entry.name)
         });
         if written.is_err() {
             // Nothing to add to the error that is being reported; the next start empties staging.
-            let _ = files::remove_file(&self.dir, staged.as_str());
+            let _ = files::remove_file(Step::RefDiscard, &self.dir, staged.as_str());
         }
         written
     }
 
     /// Removes a ref durably, readable or not. Needs no free space. Call with its lock held.
     pub fn remove_ref(&self, name: &RefName) -> Result<(), Error> {
-        match files::remove_file(&self.dir, name.path()) {
+        match files::remove_file(Step::RefRemove, &self.dir, name.path()) {
             Ok(()) => {}
             // Something that no store makes, in a ref's place.
             Err(Errno::ISDIR) => remove::remove_tree(&self.dir, name.path().as_str())
@@ -428,7 +428,7 @@ impl Inner {
         }
         self.sync_namespace(name)?;
         let namespace = format!("{REFS}/{}", name.namespace);
-        match rustix::fs::unlinkat(&self.dir, namespace.as_str(), rustix::fs::AtFlags::REMOVEDIR) {
+        match disk::rmdir(Step::NamespaceRemove, &self.dir, namespace.as_str()) {
             Ok(()) | Err(Errno::NOENT | Errno::NOTEMPTY | Errno::EXIST) => Ok(()),
             Err(error) => Err(Error::io("remove", self.path(namespace), error)),
         }
@@ -438,7 +438,7 @@ impl Inner {
         let namespace = format!("{REFS}/{}", name.namespace);
         let error = |e| Error::io("sync", self.path(&namespace), e);
         match files::open_dir(&self.dir, namespace.as_str()) {
-            Ok(dir) => rustix::fs::fsync(dir).map_err(error),
+            Ok(dir) => disk::fsync(Step::NamespaceSync, dir).map_err(error),
             // Gone with its last ref, whose removal the next sync makes durable.
             Err(Errno::NOENT) => Ok(()),
             Err(other) => Err(error(other)),

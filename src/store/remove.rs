@@ -5,9 +5,10 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, IFlags, Mode, OFlags, RenameFlags};
+use rustix::fs::{AtFlags, IFlags};
 use rustix::io::Errno;
 
+use super::disk::{self, Step};
 use super::files;
 
 /// Removes a file, or a folder with everything below it, however deep; nothing there is good.
@@ -22,8 +23,7 @@ pub fn remove_all(path: &Path) -> io::Result<()> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let parent = match rustix::fs::open(parent, flags, Mode::empty()) {
+    let parent = match disk::open_root(parent) {
         Err(Errno::NOENT) => return Ok(()),
         other => other?,
     };
@@ -33,7 +33,7 @@ pub fn remove_all(path: &Path) -> io::Result<()> {
 pub(super) fn remove_tree(at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
     let name = name.into_c_str()?;
     let name: &CStr = &name;
-    let unlink = || rustix::fs::unlinkat(&at, name, AtFlags::empty());
+    let unlink = || disk::unlink(Step::TreeUnlink, &at, name);
     let removed = match unlink() {
         // The flags of the folder that it is in are not ours to change.
         Err(Errno::PERM) => clear_entry(at.as_fd(), name).and_then(|()| unlink()),
@@ -52,19 +52,19 @@ pub(super) fn remove_tree(at: impl AsFd, name: impl rustix::path::Arg) -> Result
             None => empty_dir(&top, &top, &mut moved, &mut pending)?,
             Some(dir) => {
                 empty_dir(&files::open_dir(&top, dir.as_c_str())?, &top, &mut moved, &mut pending)?;
-                rustix::fs::unlinkat(&top, dir.as_c_str(), AtFlags::REMOVEDIR)?;
+                disk::rmdir(Step::TreeRmdir, &top, dir.as_c_str())?;
             }
         }
     }
-    rustix::fs::unlinkat(&at, name, AtFlags::REMOVEDIR)
+    disk::rmdir(Step::TreeRmdir, &at, name)
 }
 
 /// Takes every name out of `dir`: removed, or as a folder that is not empty moved to `top` and noted in `pending`.
 fn empty_dir(dir: &OwnedFd, top: &OwnedFd, moved: &mut u64, pending: &mut Vec<Option<CString>>) -> Result<(), Errno> {
     for (name, _) in files::names(dir)? {
         let name: &CStr = &name;
-        let removed = mutably(dir, name, || match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-            Err(Errno::ISDIR) => rustix::fs::unlinkat(dir, name, AtFlags::REMOVEDIR),
+        let removed = mutably(dir, name, || match disk::unlink(Step::TreeUnlink, dir, name) {
+            Err(Errno::ISDIR) => disk::rmdir(Step::TreeRmdir, dir, name),
             other => other,
         });
         match removed {
@@ -76,7 +76,7 @@ fn empty_dir(dir: &OwnedFd, top: &OwnedFd, moved: &mut u64, pending: &mut Vec<Op
         loop {
             let target = CString::new(format!(".removing-{moved}")).map_err(|_| Errno::INVAL)?;
             *moved += 1;
-            let rename = || rustix::fs::renameat_with(dir, name, top, &target, RenameFlags::NOREPLACE);
+            let rename = || disk::rename_new(Step::TreeMove, dir, name, top, &target);
             match mutably(dir, name, rename) {
                 Ok(()) => {
                     pending.push(Some(target));
@@ -112,8 +112,7 @@ fn clear_entry(folder: BorrowedFd<'_>, name: &CStr) -> Result<(), Errno> {
     let kind = rustix::fs::FileType::from_raw_mode(stat.st_mode);
     // Only these two can have the flags, and opening anything else may block.
     if kind.is_file() || kind.is_dir() {
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        clear(rustix::fs::openat(folder, name, flags, Mode::empty())?.as_fd())?;
+        clear(disk::open_file(folder, name)?.as_fd())?;
     }
     Ok(())
 }
@@ -124,14 +123,14 @@ fn clear(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     if wanted == flags {
         Ok(())
     } else {
-        rustix::fs::ioctl_setflags(fd, wanted)
+        disk::set_flags(Step::TreeFlags, fd, wanted)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{CWD, mkdirat, openat};
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
     use std::fs;
     use std::os::unix::fs::symlink;
 

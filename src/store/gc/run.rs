@@ -7,6 +7,7 @@ use rustix::io::Errno;
 
 use super::mark::{Marked, stored_manifests};
 use super::{Decision, DroppedHistory, Kind, Report};
+use crate::store::disk::{self, Step};
 use crate::store::files::{self, lock};
 use crate::store::layout::{Inner, manifest_path, object_path};
 use crate::store::retention::{Live, Plan, Reason};
@@ -86,7 +87,7 @@ impl Run<'_> {
             .filter(|manifest| manifest.live == Some(Live::InUse))
         {
             // In use until now: its age as history, should it become that, begins here.
-            match files::touch(&store.dir, manifest_path(&manifest.tree)) {
+            match files::touch(Step::InUseTouch, &store.dir, manifest_path(&manifest.tree)) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(error) => return Err(Error::io("touch", store.path(manifest_path(&manifest.tree)), error)),
             }
@@ -184,10 +185,8 @@ impl Run<'_> {
             }
             let path = manifest_path(&tree);
             // A publish that makes it current again holds it before it looks whether it is there.
-            match store
-                .leases
-                .unless_held(&tree, || files::remove_file(&store.dir, path.as_str()))
-            {
+            let remove = || files::remove_file(Step::ManifestRemove, &store.dir, path.as_str());
+            match store.leases.unless_held(&tree, remove) {
                 Some(Ok(())) => self.count(Kind::Manifest, reason, size, tree),
                 Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
                 None => {}
@@ -244,7 +243,7 @@ impl Run<'_> {
         }
         // A blob must not be gone while a ref or manifest that names it comes back after a crash.
         let dir = files::open_dir(&store.dir, ".").map_err(|e| Error::io("open", &store.root, e))?;
-        rustix::fs::syncfs(&dir).map_err(|e| Error::io("sync", &store.root, e))?;
+        disk::syncfs(Step::SweepSync, &dir).map_err(|e| Error::io("sync", &store.root, e))?;
 
         let mut shards: BTreeMap<u8, Vec<(usize, Reason)>> = BTreeMap::new();
         for (index, reason) in blobs {
@@ -275,8 +274,7 @@ impl Run<'_> {
                 continue;
             }
             let path = object_path(&blob.digest);
-            let removed = rustix::fs::unlinkat(&store.dir, path.as_str(), rustix::fs::AtFlags::empty());
-            match removed {
+            match disk::unlink(Step::BlobRemove, &store.dir, path.as_str()) {
                 Ok(()) => {}
                 Err(Errno::NOENT) => continue,
                 Err(error) => return Err(Error::io("remove", store.path(&path), error)),

@@ -2,6 +2,7 @@
 
 mod builds;
 mod collecting;
+mod crash;
 mod exporting;
 mod full_disk;
 mod limits;

@@ -1,0 +1,143 @@
+//! The process that is struck: this test program once more, with one test that lives a life.
+
+use std::collections::BTreeMap;
+use std::os::unix::process::ExitStatusExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::Errno;
+
+use super::life;
+use crate::store::disk::Step;
+use crate::store::disk::hook::{self, Fault, Struck};
+
+/// Tells a process what to work on: the store, the folder to export to, and the faults, a line each.
+const WORK: &str = "LARDER_TEST_CRASH";
+
+/// What a process is to do, and what happens to it meanwhile.
+#[derive(Debug, Clone)]
+pub struct Work {
+    pub store: PathBuf,
+    pub out: PathBuf,
+    pub faults: Vec<Struck>,
+}
+
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ended {
+    Done,
+    Killed,
+    /// The store gave this error.
+    Failed(String),
+}
+
+/// What a process did.
+#[derive(Debug)]
+pub struct Life {
+    pub ended: Ended,
+    /// How often it reached each step; empty if it was killed.
+    pub reached: BTreeMap<Step, u64>,
+    pub output: String,
+}
+
+/// Faults that lead to steps which are not reached otherwise. None is the first.
+pub fn detours() -> Vec<Vec<Struck>> {
+    let full = Fault::Fail(Errno::NOSPC);
+    vec![
+        vec![],
+        // No room for a ref: it is written into the spare file.
+        vec![(Step::RefWrite, 5, full)],
+        vec![(Step::SpareWrite, 1, full)],
+        // What was staged of a ref goes.
+        vec![(Step::RefSync, 1, Fault::Fail(Errno::IO))],
+    ]
+}
+
+const FAULTS: &[(&str, Fault)] = &[
+    ("kill-before", Fault::KillBefore),
+    ("kill-after", Fault::KillAfter),
+    ("stop-before", Fault::StopBefore),
+    ("stop-after", Fault::StopAfter),
+    ("eio", Fault::Fail(Errno::IO)),
+    ("enospc", Fault::Fail(Errno::NOSPC)),
+    ("short", Fault::Short),
+    ("nothing", Fault::Nothing),
+];
+
+fn written((step, time, fault): &Struck) -> String {
+    let (name, _) = FAULTS.iter().find(|(_, other)| other == fault).unwrap();
+    format!("{step:?} {time} {name}")
+}
+
+fn read(line: &str) -> Struck {
+    let mut words = line.split(' ');
+    let step = words.next().unwrap();
+    let time = words.next().unwrap().parse().unwrap();
+    let fault = words.next().unwrap();
+    (
+        *Step::ALL.iter().find(|other| format!("{other:?}") == step).unwrap(),
+        time,
+        FAULTS.iter().find(|(name, _)| *name == fault).unwrap().1,
+    )
+}
+
+#[test]
+#[ignore = "the process that the other tests here start and strike; does nothing by itself"]
+fn lives() {
+    let Ok(work) = std::env::var(WORK) else { return };
+    let mut lines = work.lines();
+    let (store, out) = (lines.next().unwrap(), lines.next().unwrap());
+    hook::arm(lines.map(read).collect());
+    let ended = match life::live(Path::new(store), Path::new(out)) {
+        Ok(()) => "done".to_owned(),
+        Err(error) => format!("failed: {error}"),
+    };
+    for (step, count) in hook::reached() {
+        println!("\nreached {step:?} {count}");
+    }
+    println!("\n{ended}");
+}
+
+/// The command that starts the process.
+pub fn command(work: &Work) -> Command {
+    let mut text = vec![work.store.display().to_string(), work.out.display().to_string()];
+    text.extend(work.faults.iter().map(written));
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args([
+            "--exact",
+            "store::tests::crash::child::lives",
+            "--ignored",
+            "--nocapture",
+        ])
+        .args(["--test-threads", "1"])
+        .env(WORK, text.join("\n"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// Has a process live its life, to whatever end.
+pub fn live(work: &Work) -> Life {
+    let output = command(work).output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    let mut reached = BTreeMap::new();
+    for line in text.lines().filter_map(|line| line.strip_prefix("reached ")) {
+        let (step, count) = line.split_once(' ').unwrap();
+        let step = Step::ALL.iter().find(|other| format!("{other:?}") == step).unwrap();
+        reached.insert(*step, count.parse().unwrap());
+    }
+    let failed = text.lines().find_map(|line| line.strip_prefix("failed: "));
+    let ended = match (output.status.signal(), failed) {
+        (Some(9), _) => Ended::Killed,
+        (None, Some(error)) => Ended::Failed(error.to_owned()),
+        (None, None) if output.status.success() => Ended::Done,
+        _ => panic!("{work:?}: {:?}\n{text}", output.status),
+    };
+    Life {
+        ended,
+        reached,
+        output: text,
+    }
+}
