@@ -39,8 +39,16 @@ impl Builder {
         mounted: &MountedLayers,
         cancel: &AtomicBool,
     ) -> Result<(), Ended> {
-        let build = self.store.build().map_err(store_failure)?;
-        let tree = match &manifest.source {
+        let target = Publish {
+            name: RefName::new(&manifest.namespace, &manifest.name).map_err(store_failure)?,
+            owner: manifest.uid.clone(),
+            generation: manifest.generation,
+            request: manifest.requested_at.clone(),
+            source: serde_json::to_value(&manifest.source).unwrap_or_default(),
+            history_limit: manifest.revision_history_limit,
+            now: SystemTime::now(),
+        };
+        let published = match &manifest.source {
             Source {
                 directory: Some(directory),
                 layer: None,
@@ -52,7 +60,7 @@ impl Builder {
                 let options = ScanOptions {
                     exclude: directory.exclude.clone(),
                 };
-                source::scan(&folder, &options, &build, cancel).map_err(source_failure)?
+                source::build_directory(&self.store, &folder, &options, target, cancel)
             }
             Source {
                 directory: None,
@@ -64,7 +72,10 @@ impl Builder {
                         let message = format!("WritableLayer {} is not mounted on this node", layer.name);
                         failed(false, reasons::LAYER_NOT_READY, message)
                     })?;
-                source::snapshot(&self.layers, id, &build, cancel).map_err(source_failure)?
+                self.store.build().map_err(source::Error::from).and_then(|build| {
+                    let tree = source::snapshot(&self.layers, id, &build, cancel)?;
+                    Ok(build.publish(&tree, target)?)
+                })
             }
             _ => {
                 return Err(failed(
@@ -74,16 +85,7 @@ impl Builder {
                 ));
             }
         };
-        let target = Publish {
-            name: RefName::new(&manifest.namespace, &manifest.name).map_err(store_failure)?,
-            owner: manifest.uid.clone(),
-            generation: manifest.generation,
-            request: manifest.requested_at.clone(),
-            source: serde_json::to_value(&manifest.source).unwrap_or_default(),
-            history_limit: manifest.revision_history_limit,
-            now: SystemTime::now(),
-        };
-        build.publish(&tree, target).map(|_| ()).map_err(store_failure)
+        published.map(|_| ()).map_err(source_failure)
     }
 }
 

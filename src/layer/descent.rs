@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-use rustix::fs::{Dir, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{Mode, OFlags, RawDir, ResolveFlags, SeekFrom, openat, openat2, seek};
 use rustix::io::Errno;
 
 /// The deepest folders of the path that stay open.
@@ -96,8 +96,12 @@ pub(crate) fn open_beneath(folder: impl AsFd, name: &CStr, flags: OFlags) -> rus
 
 /// The names in a folder, sorted by their bytes, without `.` and `..`.
 pub(crate) fn names(folder: impl AsFd) -> io::Result<Vec<CString>> {
+    // Not `Dir`, which opens the folder once more.
+    let mut buffer = Vec::with_capacity(1 << 15);
+    seek(&folder, SeekFrom::Start(0))?;
+    let mut entries = RawDir::new(folder, buffer.spare_capacity_mut());
     let mut names = Vec::new();
-    for entry in Dir::read_from(folder)? {
+    while let Some(entry) = entries.next() {
         let entry = entry?;
         if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
             names.push(entry.file_name().to_owned());

@@ -10,9 +10,10 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use super::error::{Error, FailureKind};
 use super::read::{Reading, Rules, read};
 use super::roots::SourceDir;
+use super::unchanged::{Known, Seen};
 use super::xattrs::Xattrs;
 use crate::store::tree::{DirId, Tree};
-use crate::store::{self, Build};
+use crate::store::{self, Build, Publish, Revision, Store};
 
 /// What of a folder is read.
 #[derive(Debug, Clone, Default)]
@@ -34,11 +35,63 @@ pub struct ScanOptions {
 /// [`Error::Unreadable`] or [`Error::Changed`] with the first entries concerned and their number, [`Error::InvalidGlob`],
 /// [`Error::Cancelled`], [`Error::Store`].
 pub fn scan(dir: &SourceDir, options: &ScanOptions, build: &Build, cancel: &AtomicBool) -> Result<Tree, Error> {
+    scan_knowing(dir, options, build, None, cancel).map(|(tree, _)| tree)
+}
+
+/// Reads a folder and publishes it as the ref's current tree, leaving out reading what is as it was when the ref's
+/// folder was read last.
+///
+/// # Errors
+/// As [`scan`] and [`Build::publish`].
+pub fn build_directory(
+    store: &Store,
+    dir: &SourceDir,
+    options: &ScanOptions,
+    target: Publish,
+    cancel: &AtomicBool,
+) -> Result<Revision, Error> {
+    let build = store.build()?;
+    let known = Known::load(store, &target.name, &build);
+    match publish(store, dir, options, target.clone(), build, known.as_ref(), cancel) {
+        // Damage in the store, which reading all files again heals.
+        Err(Error::Store(store::Error::MissingBlob { .. } | store::Error::WrongLength { .. })) if known.is_some() => {
+            publish(store, dir, options, target, store.build()?, None, cancel)
+        }
+        other => other,
+    }
+}
+
+fn publish(
+    store: &Store,
+    dir: &SourceDir,
+    options: &ScanOptions,
+    target: Publish,
+    build: Build,
+    known: Option<&Known>,
+    cancel: &AtomicBool,
+) -> Result<Revision, Error> {
+    let name = target.name.clone();
+    let (tree, seen) = scan_knowing(dir, options, &build, known, cancel)?;
+    let revision = build.publish(&tree, target)?;
+    if let Err(error) = seen.save(store, &name, &revision.digest, known) {
+        tracing::warn!(%name, %error, "cannot note what was read; the next build reads all files again");
+    }
+    Ok(revision)
+}
+
+fn scan_knowing(
+    dir: &SourceDir,
+    options: &ScanOptions,
+    build: &Build,
+    known: Option<&Known>,
+    cancel: &AtomicBool,
+) -> Result<(Tree, Seen), Error> {
     let exclude = globs(&options.exclude)?;
     let reading = Reading {
         build,
         cancel,
         store: Some(dir.store),
+        known,
     };
     read(&dir.folder, || Plain { exclude: &exclude }, &reading)
 }

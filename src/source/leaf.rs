@@ -45,8 +45,8 @@ impl From<Errno> for Trouble {
     }
 }
 
-/// Reads the entry that had the status `seen` when the walk came by, and stores its content. Nothing is begun after
-/// `cancel` is set.
+/// Reads the entry that had the status `seen` when the walk came by, and stores its content. Tells also the status that
+/// it had before and after being read. Nothing is begun after `cancel` is set.
 pub(super) fn read(
     folder: &OwnedFd,
     name: &CStr,
@@ -54,7 +54,7 @@ pub(super) fn read(
     build: &Build,
     cancel: &AtomicBool,
     buffers: &mut Buffers,
-) -> Result<Leaf, Trouble> {
+) -> Result<(Leaf, Stat), Trouble> {
     let mut before = *seen;
     let mut tried = 1;
     loop {
@@ -73,7 +73,7 @@ pub(super) fn read(
                     return Err(Trouble::Replaced);
                 }
             }
-            other => return other,
+            other => return Ok((other?, before)),
         }
     }
 }

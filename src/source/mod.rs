@@ -1,4 +1,4 @@
-//! Where a tree comes from: a folder of the node ([`scan`]), or what was changed in a layer ([`snapshot`]).
+//! Where a tree comes from: a folder of the node ([`build_directory`], [`scan`]), or what was changed in a layer ([`snapshot`]).
 //!
 //! What this module promises:
 //! - a namespace reads only below the roots that name it, and nothing outside the folder that it named: no symlink is
@@ -6,6 +6,7 @@
 //! - the tree is whole, or there is no tree: what cannot be read fails the reading, named and counted, and is never an
 //!   empty or shortened entry (`read.rs`);
 //! - a file's metadata and content belong together: both were the same before and after reading (`leaf.rs`);
+//! - a file that is as it was when it was last read is not read again, and not one that only looks so (`unchanged.rs`);
 //! - FIFOs, sockets and devices are recorded and never opened.
 
 mod directory;
@@ -16,9 +17,10 @@ mod roots;
 mod snapshot;
 #[cfg(test)]
 mod tests;
+mod unchanged;
 mod xattrs;
 
-pub use directory::{ScanOptions, scan};
+pub use directory::{ScanOptions, build_directory, scan};
 pub use error::{Error, Failure, FailureKind};
 pub use roots::{Roots, SourceDir, SourceRoot};
 pub use snapshot::snapshot;

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
 use super::leaf::{self, Trouble, device, file_type, meta, same};
+use super::unchanged::{Known, Marks, Seen};
 use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::{Descent, names, open_beneath};
 use crate::store::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Tree};
@@ -27,7 +28,7 @@ const BATCH: usize = 256;
 const TRIES: u32 = 3;
 
 /// What a pass makes of what it meets.
-pub(super) trait Rules {
+pub(super) trait Rules: Send {
     /// Whether the entry with this path, relative to the root, is left out.
     fn excludes(&self, path: &[u8]) -> bool;
 
@@ -53,28 +54,46 @@ pub(super) struct Reading<'a> {
     pub cancel: &'a AtomicBool,
     /// Device and inode of the store, which is not entered.
     pub store: Option<(u64, u64)>,
+    /// What was read of this folder before.
+    pub known: Option<&'a Known>,
 }
 
 /// Reads everything below `root`; again when folders changed meanwhile.
-pub(super) fn read<R: Rules>(root: &OwnedFd, mut rules: impl FnMut() -> R, reading: &Reading) -> Result<Tree, Error> {
+pub(super) fn read<R: Rules>(
+    root: &OwnedFd,
+    mut rules: impl FnMut() -> R,
+    reading: &Reading,
+) -> Result<(Tree, Seen), Error> {
     let mut tried = 1;
     loop {
         let mut walk = Walk::new(root, rules(), reading)?;
         walk.run()?;
-        walk.look_again(root)?;
+        let tree = std::mem::replace(&mut walk.tree, Tree::new(Meta::default()));
+        let (looked, finished) = rayon::join(|| walk.look_again(root), || tree.finish_and_tell());
+        looked?;
         if walk.failures.count > 0 && walk.failures.only_changes() && tried < TRIES {
             tried += 1;
             continue;
         }
         walk.failures.into_result()?;
-        return Ok(walk.tree.finish().map_err(store::Error::from)?);
+        let (tree, order) = finished.map_err(store::Error::from)?;
+        return Ok((tree, walk.marks.finish(&order)));
     }
+}
+
+/// The folders of other trees that have the same path.
+#[derive(Clone, Copy)]
+struct Others {
+    /// Of the tree below ([`Rules::below`]).
+    below: Option<DirId>,
+    /// Of what was read before.
+    known: Option<DirId>,
 }
 
 /// A folder on the way down.
 struct Frame {
     dir: DirId,
-    below: Option<DirId>,
+    others: Others,
     /// Its place in [`Walk::visits`].
     visit: usize,
     /// Length of its path.
@@ -114,6 +133,7 @@ struct Walk<'a, R> {
     path: Vec<u8>,
     /// The leaves of inodes with several names.
     links: HashMap<(u64, u64), LeafId>,
+    marks: Marks,
     pending: Vec<Pending>,
     buffers: Buffers,
     order: u64,
@@ -124,9 +144,13 @@ impl<'a, R: Rules> Walk<'a, R> {
         let root = root
             .try_clone()
             .map_err(|source| Error::io("open", "the source".as_ref(), source))?;
+        let device = fstat(&root)
+            .map_err(|e| Error::io("look at", "the source".as_ref(), e))?
+            .st_dev;
         Ok(Self {
             rules,
             reading,
+            marks: Marks::new(device),
             descent: Descent::new(root).map_err(|source| Error::io("open", "the source".as_ref(), source))?,
             tree: Tree::new(Meta::default()),
             failures: Failures::default(),
@@ -140,9 +164,12 @@ impl<'a, R: Rules> Walk<'a, R> {
     }
 
     fn run(&mut self) -> Result<(), Error> {
-        let below = self.rules.below_root();
+        let others = Others {
+            below: self.rules.below_root(),
+            known: self.reading.known.map(|_| Tree::ROOT),
+        };
         let mut frames: Vec<Frame> = self
-            .folder(Tree::ROOT, below, (0, 0), c"".into())?
+            .folder(Tree::ROOT, others, (0, 0), c"".into())?
             .into_iter()
             .collect();
         while let Some(frame) = frames.last_mut() {
@@ -160,9 +187,9 @@ impl<'a, R: Rules> Walk<'a, R> {
                 }
                 continue;
             };
-            let (dir, below, place) = (frame.dir, frame.below, (frame.visit, frames.len()));
+            let (dir, others, place) = (frame.dir, frame.others, (frame.visit, frames.len()));
             self.push(&name);
-            if let Some(frame) = self.enter(dir, below, place, name, &stat)? {
+            if let Some(frame) = self.enter(dir, others, place, name, &stat)? {
                 frames.push(frame);
             }
         }
@@ -173,7 +200,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn enter(
         &mut self,
         parent: DirId,
-        below: Option<DirId>,
+        others: Others,
         place: (usize, usize),
         name: CString,
         seen: &Stat,
@@ -186,12 +213,17 @@ impl<'a, R: Rules> Walk<'a, R> {
             self.fail(error_kind(&error));
             return Ok(None);
         }
-        let below = below.and_then(|below| self.rules.below(below, name.to_bytes()));
+        let others = Others {
+            below: others.below.and_then(|dir| self.rules.below(dir, name.to_bytes())),
+            known: others
+                .known
+                .and_then(|dir| self.reading.known?.below(dir, name.to_bytes())),
+        };
         let dir = self
             .tree
             .add_dir(parent, name.to_bytes(), Meta::default())
             .map_err(store::Error::from)?;
-        let frame = self.folder(dir, below, place, name)?;
+        let frame = self.folder(dir, others, place, name)?;
         if frame.is_none() && self.descent.leave().is_err() {
             self.fail(FailureKind::Changed);
         }
@@ -202,7 +234,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn folder(
         &mut self,
         dir: DirId,
-        below: Option<DirId>,
+        mut others: Others,
         (parent, depth): (usize, usize),
         name: CString,
     ) -> Result<Option<Frame>, Error> {
@@ -229,23 +261,23 @@ impl<'a, R: Rules> Walk<'a, R> {
             name,
             stat,
         });
-        let below = below.filter(|_| !opaque);
+        others.below = others.below.filter(|_| !opaque);
         let length = self.path.len();
         let mut folders = Vec::new();
         for name in &names {
             self.push(name);
             if !self.rules.excludes(&self.path) {
-                self.entry(&folder, dir, visit, name, &mut folders)?;
+                self.entry(&folder, (dir, others.known), visit, name, &mut folders)?;
             }
             self.path.truncate(length);
         }
-        if let Some(below) = below {
+        if let Some(below) = others.below {
             self.rules.merge(&mut self.tree, below, dir, &names)?;
         }
         folders.reverse();
         Ok(Some(Frame {
             dir,
-            below,
+            others,
             visit,
             path: length,
             folders,
@@ -263,7 +295,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn entry(
         &mut self,
         folder: &Arc<OwnedFd>,
-        dir: DirId,
+        (dir, known): (DirId, Option<DirId>),
         visit: usize,
         name: &CString,
         folders: &mut Vec<(CString, Stat)>,
@@ -304,17 +336,23 @@ impl<'a, R: Rules> Walk<'a, R> {
                 .map_err(store::Error::from)?;
             return Ok(());
         }
+        let unchanged = known.and_then(|dir| self.reading.known?.unchanged(dir, name.to_bytes(), &stat));
+        let is_unchanged = unchanged.is_some();
         // Its place is taken now, so that further names of the inode find it; what it is, is filled in when it is read.
-        let unread = Leaf {
+        let unread = || Leaf {
             meta: Meta::default(),
             kind: LeafKind::Socket,
         };
         let leaf = self
             .tree
-            .add_leaf(dir, name.to_bytes(), unread)
+            .add_leaf(dir, name.to_bytes(), unchanged.unwrap_or_else(unread))
             .map_err(store::Error::from)?;
         if stat.st_nlink > 1 {
             self.links.insert(inode, leaf);
+        }
+        if is_unchanged {
+            self.marks.add(leaf.0 as usize, &stat);
+            return Ok(());
         }
         self.order += 1;
         self.pending.push(Pending {
@@ -339,7 +377,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         }
         let (build, cancel) = (self.reading.build, self.reading.cancel);
         let pending = std::mem::take(&mut self.pending);
-        let read: Vec<Result<Leaf, Trouble>> = pending
+        let read: Vec<Result<(Leaf, Stat), Trouble>> = pending
             .par_iter()
             .map_init(Buffers::new, |buffers, entry| {
                 leaf::read(&entry.folder, &entry.name, &entry.stat, build, cancel, buffers)
@@ -347,9 +385,11 @@ impl<'a, R: Rules> Walk<'a, R> {
             .collect();
         for (entry, read) in pending.into_iter().zip(read) {
             let kind = match read {
-                Ok(mut leaf) => match self.rules.take_marks(&mut leaf.meta.xattrs) {
+                Ok((mut leaf, stat)) => match self.rules.take_marks(&mut leaf.meta.xattrs) {
                     Ok(_) => {
-                        self.tree.leaves[entry.leaf.0 as usize] = leaf;
+                        let number = entry.leaf.0 as usize;
+                        self.tree.leaves[number] = leaf;
+                        self.marks.add(number, &stat);
                         continue;
                     }
                     Err(kind) => kind,

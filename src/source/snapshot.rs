@@ -28,8 +28,7 @@ const UNRESOLVED: [&[u8]; 2] = [b"trusted.overlay.redirect", b"trusted.overlay.m
 pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBool) -> Result<Tree, Error> {
     let upper = layers.upper(id)?;
     // Until the build is published, also when the layer is released before.
-    build.keep(layers.store().hold(&upper.record.tree)?);
-    let mut base = layers.store().load(&upper.record.tree)?;
+    let mut base = build.keep(&upper.record.tree)?;
     if let Some(ids) = upper.record.ids {
         own(&mut base, ids);
     }
@@ -44,15 +43,13 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
         build,
         cancel,
         store: None,
+        known: None,
     };
-    read(
-        &folder,
-        || Over {
-            base: &base,
-            leaves: HashMap::new(),
-        },
-        &reading,
-    )
+    let rules = || Over {
+        base: &base,
+        leaves: HashMap::new(),
+    };
+    Ok(read(&folder, rules, &reading)?.0)
 }
 
 struct Over<'a> {

@@ -2,6 +2,7 @@
 
 mod edges;
 mod layers;
+mod unchanged;
 
 use std::ffi::OsStr;
 use std::fs;

@@ -17,7 +17,8 @@ use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
-use super::{Digest, Error, Store, remove};
+use super::tree::Tree;
+use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
 const SMALL: usize = 1 << 20;
@@ -52,8 +53,14 @@ pub struct Build {
     /// Has a write failed? Then nothing may be published.
     pub(super) failed: AtomicBool,
     reflink: AtomicBool,
-    /// Trees whose contents the tree under way may name.
-    holds: Mutex<Vec<Hold>>,
+    pub(super) kept: Mutex<Vec<Kept>>,
+}
+
+/// A tree whose contents may be named by the tree under way.
+pub(super) struct Kept {
+    _hold: Hold,
+    /// Sorted.
+    contents: Vec<Digest>,
 }
 
 impl Store {
@@ -73,16 +80,29 @@ impl Store {
             next: AtomicU64::new(1),
             failed: AtomicBool::new(false),
             reflink: AtomicBool::new(true),
-            holds: Mutex::default(),
+            kept: Mutex::default(),
             store,
         })
     }
 }
 
 impl Build {
-    /// Keeps a tree until the build is published or dropped, so that its contents may be named without a lookup each.
-    pub fn keep(&self, hold: Hold) {
-        lock(&self.holds).push(hold);
+    /// Loads a tree and keeps it until the build is published or dropped: its contents may be named without having
+    /// been put or found. Naming them does not count as a use of each; the tree's does. Fails as [`Store::hold`] and
+    /// [`Store::load`] do.
+    pub fn keep(&self, tree: &TreeDigest) -> Result<Tree, Error> {
+        let hold = Hold::take_stored(&self.store, tree)?;
+        let tree = manifests::load(&self.store, tree)?;
+        let mut contents: Vec<Digest> = tree.contents().map(|(digest, _)| *digest).collect();
+        contents.sort_unstable();
+        contents.dedup();
+        lock(&self.kept).push(Kept { _hold: hold, contents });
+        Ok(tree)
+    }
+
+    /// Whether a tree that is kept names the content.
+    pub(super) fn keeps(kept: &[Kept], digest: &Digest) -> bool {
+        kept.iter().any(|kept| kept.contents.binary_search(digest).is_ok())
     }
 
     /// Stores what a reader gives until its end.
@@ -270,8 +290,8 @@ impl Build {
         Ok(Blob { digest, size, new })
     }
 
-    /// The length of a blob's file. Call with the shard's lock held.
-    fn stored(&self, digest: &Digest) -> Result<Option<u64>, Error> {
+    /// The length of a blob's file. Call with the shard's lock held, or with the blob kept from collections.
+    pub(super) fn stored(&self, digest: &Digest) -> Result<Option<u64>, Error> {
         let path = object_path(digest);
         let stat = files::stat(&self.store.dir, path.as_str());
         let stat = stat.map_err(|e| Error::io("look for", self.store.path(&path), e))?;

@@ -26,6 +26,8 @@ pub(super) const OBJECTS: &str = "objects";
 pub(super) const MANIFESTS: &str = "manifests";
 pub(super) const IMAGES: &str = "images";
 pub(super) const REFS: &str = "refs";
+/// See `cache.rs`.
+pub(super) const CACHE: &str = "cache";
 /// A file that only keeps some blocks: see [`Inner::ensure_spare`].
 pub(super) const SPARE: &str = "spare";
 /// Everything that may be in a store's folder before `larder.json` is, or beside it.
@@ -40,7 +42,7 @@ const KNOWN: &[&str] = &[
     REFS,
     "layers",
     "mnt",
-    "cache",
+    CACHE,
     "runs",
     "quarantine",
     "node.json",

@@ -6,10 +6,12 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
+use rustix::io::Errno;
+
 use super::disk::Step;
 use super::files::{self, lock};
 use super::layout::{Inner, manifest_path};
-use super::{Digest, TreeDigest};
+use super::{Digest, Error, TreeDigest};
 
 /// A blob that a build stores or has found present.
 #[derive(Debug, Clone, Copy)]
@@ -127,6 +129,18 @@ impl Hold {
         Ok(Hold {
             store: store.clone(),
             tree: *tree,
+        })
+    }
+
+    /// Takes a hold on a tree that is in the store. Fails with [`Error::MissingManifest`] if it is not.
+    pub(super) fn take_stored(store: &Arc<Inner>, tree: &TreeDigest) -> Result<Hold, Error> {
+        let path = manifest_path(tree);
+        Hold::take(store, tree, || {
+            match files::touch(Step::HoldTouch, &store.dir, path.as_str()) {
+                Ok(()) => Ok(()),
+                Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
+                Err(error) => Err(Error::io("touch", store.path(&path), error)),
+            }
         })
     }
 

@@ -10,6 +10,7 @@
 //! with a name.
 
 mod build;
+mod cache;
 mod digest;
 mod disk;
 mod error;
@@ -101,15 +102,7 @@ impl Store {
     /// Keeps a tree with its blobs and images while the guard lives. Fails with [`Error::MissingManifest`] if it is
     /// not in the store (any more).
     pub fn hold(&self, tree: &TreeDigest) -> Result<Hold, Error> {
-        let store = &self.inner;
-        let path = layout::manifest_path(tree);
-        Hold::take(store, tree, || {
-            match files::touch(Step::HoldTouch, &store.dir, path.as_str()) {
-                Ok(()) => Ok(()),
-                Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
-                Err(error) => Err(Error::io("touch", store.path(&path), error)),
-            }
-        })
+        Hold::take_stored(&self.inner, tree)
     }
 
     /// Where images of trees are: folders `<tree hex>[-variant].tree` and files `<tree hex>[-variant].erofs`, made

@@ -11,16 +11,18 @@ use std::io::{BufWriter, Write};
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
+use rayon::prelude::*;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 
+use super::build::Kept;
 use super::disk::{self, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, manifest_path, object_path, shard_path};
 use super::leases::Hold;
 use super::refs::{Ref, RefName, Revision};
-use super::tree::{EncodeError, Tree};
-use super::{Build, Error, TreeDigest, manifests};
+use super::tree::{EncodeError, Leaf, Tree};
+use super::{Build, Digest, Error, TreeDigest, manifests};
 
 /// Under which name a tree is published, and for whom.
 #[derive(Debug, Clone)]
@@ -51,9 +53,13 @@ impl Build {
             return Err(Error::BuildFailed);
         }
         let store = self.store.clone();
-        self.lease_contents(tree)?;
         let manifest = self.path.clone() + "/manifest";
-        let digest = self.stage_manifest(tree, &manifest)?;
+        let (leased, staged) = rayon::join(
+            || self.lease_contents(tree),
+            || (self.stage_manifest(tree, &manifest), tree.stats()),
+        );
+        leased?;
+        let (digest, stats) = (staged.0?, staged.1);
         // From here no collection drops the manifest, be it new or old.
         let _hold = Hold::take(&store, &digest, || Ok::<_, Error>(()))?;
         let keep_manifest = manifests::verify(&store, &digest).is_ok();
@@ -68,7 +74,6 @@ impl Build {
         }
         let added = self.name_blobs()?;
 
-        let stats = tree.stats();
         let revision = Revision {
             digest,
             files: stats.files,
@@ -113,21 +118,29 @@ impl Build {
         }
     }
 
+    /// Makes sure that every content is there, and stays.
     fn lease_contents(&self, tree: &Tree) -> Result<(), Error> {
-        for (digest, expected) in tree.contents() {
-            match self.find(digest)? {
-                Some(found) if found == expected => {}
-                Some(found) => {
-                    return Err(Error::WrongLength {
-                        digest: *digest,
-                        expected,
-                        found,
-                    });
-                }
-                None => return Err(Error::MissingBlob { digest: *digest }),
+        let kept = lock(&self.kept);
+        let kept: &[Kept] = &kept;
+        let lease = |(digest, expected): (&Digest, u64)| {
+            let leased = lock(self.leases.table(digest)).get(digest).map(|leased| leased.size);
+            let found = match leased {
+                Some(size) => Some(size),
+                None if Build::keeps(kept, digest) => self.stored(digest)?,
+                None => self.find(digest)?,
+            };
+            match found {
+                Some(found) if found == expected => Ok(()),
+                Some(found) => Err(Error::WrongLength {
+                    digest: *digest,
+                    expected,
+                    found,
+                }),
+                None => Err(Error::MissingBlob { digest: *digest }),
             }
-        }
-        Ok(())
+        };
+        // Nearly all of a large tree that has hardly changed is only looked at: what takes time are the lookups.
+        tree.leaves.par_iter().filter_map(Leaf::content).try_for_each(lease)
     }
 
     fn stage_manifest(&self, tree: &Tree, path: &str) -> Result<TreeDigest, Error> {

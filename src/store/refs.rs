@@ -418,6 +418,7 @@ impl Inner {
 
     /// Removes a ref durably, readable or not. Needs no free space. Call with its lock held.
     pub fn remove_ref(&self, name: &RefName) -> Result<(), Error> {
+        self.remove_note(name)?;
         match files::remove_file(Step::RefRemove, &self.dir, name.path()) {
             Ok(()) => {}
             // Something that no store makes, in a ref's place.

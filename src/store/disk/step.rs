@@ -77,6 +77,14 @@ steps! {
     NamespaceSync,
     NamespaceRemove,
 
+    // What a build notes beside a ref.
+    CacheDir,
+    NoteCreate,
+    NoteWrite,
+    NoteRename,
+    NoteDiscard,
+    NoteRemove,
+
     // Holds, scratch folders.
     HoldTouch,
     ScratchDir,

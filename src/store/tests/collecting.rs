@@ -189,7 +189,8 @@ fn a_build_keeps_a_tree_until_it_ends() {
     let (_dir, store) = store();
     let revision = publish(&store, "a", &[("f", b"held")]);
     let build = store.build().unwrap();
-    build.keep(store.hold(&revision.digest).unwrap());
+    let tree = build.keep(&revision.digest).unwrap();
+    assert_eq!(tree.digest().unwrap(), revision.digest);
     store.forget(&name("a")).unwrap();
     collect(&store);
     assert!(exists(&store, b"held"));

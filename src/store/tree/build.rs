@@ -63,7 +63,12 @@ impl Tree {
 
     /// Sorts names and extended attributes, leaves out what no name reaches, numbers folders and leaves in the order
     /// of the manifest, and checks the whole tree. Two finished trees are equal (`==`) exactly if their manifests are.
-    pub fn finish(mut self) -> Result<Tree, InvalidTree> {
+    pub fn finish(self) -> Result<Tree, InvalidTree> {
+        self.finish_and_tell().map(|(tree, _)| tree)
+    }
+
+    /// As [`Tree::finish`]; also tells the former number of each leaf, in their new order.
+    pub(crate) fn finish_and_tell(mut self) -> Result<(Tree, Vec<u32>), InvalidTree> {
         for dir in &mut self.dirs {
             dir.entries.sort_unstable_by(|a, b| a.name.cmp(&b.name));
             dir.meta.xattrs.sort_unstable();
@@ -77,12 +82,13 @@ impl Tree {
     }
 
     /// The tree with its arenas in pre-order. Only for a tree that has been checked.
-    fn renumbered(mut self) -> Tree {
+    fn renumbered(mut self) -> (Tree, Vec<u32>) {
         let mut tree = Tree {
             dirs: Vec::with_capacity(self.dirs.len()),
             leaves: Vec::with_capacity(self.leaves.len()),
         };
         let mut leaf_ids = vec![NONE; self.leaves.len()];
+        let mut order = Vec::with_capacity(self.leaves.len());
         let mut leaves: Vec<Option<Leaf>> = std::mem::take(&mut self.leaves).into_iter().map(Some).collect();
         // (new number of the folder, entry to look at next)
         let mut stack: Vec<(u32, usize)> = Vec::new();
@@ -110,13 +116,14 @@ impl Tree {
                     if let Some(leaf) = leaves[old].take() {
                         leaf_ids[old] = tree.leaves.len() as u32;
                         tree.leaves.push(leaf);
+                        order.push(old as u32);
                     }
                     Node::Leaf(LeafId(leaf_ids[old]))
                 }
             };
             tree.dirs[dir].entries[at].node = renamed;
         }
-        tree
+        (tree, order)
     }
 }
 

@@ -60,6 +60,16 @@ impl<'a> Walk<'a> {
     }
 }
 
+impl Leaf {
+    /// Digest and size of a regular file's content.
+    pub fn content(&self) -> Option<(&Digest, u64)> {
+        match &self.kind {
+            LeafKind::File { digest, size } => Some((digest, *size)),
+            _ => None,
+        }
+    }
+}
+
 impl Tree {
     /// The folder with that number. Panics if the number is not of this tree.
     pub fn dir(&self, id: DirId) -> &Dir {
@@ -122,9 +132,6 @@ impl Tree {
 
     /// Digest and size of every regular file, repeated where contents are equal; a hard-linked file comes once.
     pub fn contents(&self) -> impl Iterator<Item = (&Digest, u64)> {
-        self.leaves.iter().filter_map(|leaf| match &leaf.kind {
-            LeafKind::File { digest, size } => Some((digest, *size)),
-            _ => None,
-        })
+        self.leaves.iter().filter_map(Leaf::content)
     }
 }

@@ -50,6 +50,8 @@ pub fn detours() -> Vec<Vec<Struck>> {
         vec![(Step::SpareWrite, 1, full)],
         // What was staged of a ref goes.
         vec![(Step::RefSync, 1, Fault::Fail(Errno::IO))],
+        // Likewise of a note.
+        vec![(Step::NoteRename, 1, Fault::Fail(Errno::IO))],
     ]
 }
 

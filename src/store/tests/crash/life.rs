@@ -122,10 +122,17 @@ pub fn live(root: &Path, out: &Path) -> Result<(), Error> {
             history = digest;
         }
     }
+    store.write_note(&name("forgotten"), b"read at some time")?;
+    store.write_note(&name("forgotten"), b"read later")?;
+    assert_eq!(
+        store.read_note(&name("forgotten"))?.as_deref(),
+        Some(b"read later".as_slice())
+    );
     say("retiring", "retired", None);
     store.retire(&name("retired"), "uid-1", SystemTime::now())?;
     say("forgetting", "forgotten", None);
     store.forget(&name("forgotten"))?;
+    assert_eq!(store.read_note(&name("forgotten"))?, None);
     say("forgotten", "forgotten", None);
 
     let hold = store.hold(&first)?;

@@ -1,0 +1,228 @@
+//! Which files of a folder are as they were when it was read last, so that they need not be read again.
+//!
+//! Beside each ref of a folder the store keeps a note: for every leaf of the tree the inode it was read from and the
+//! time of that inode's last change (ctime), which no program can set. A leaf with the same device, inode, size, mtime
+//! and ctime is taken over as it is in the tree, with its digest and extended attributes. A file that was changed less
+//! than [`SETTLED`] before the reading began has no such note: another change might have left it with the same time.
+//!
+//! What this cannot see is what no file system tells: a write through a shared memory mapping whose page was dirty
+//! already when the file was read.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{FileType, Stat};
+use sha2::{Digest as _, Sha256};
+
+use super::leaf::{device, file_type};
+use crate::store::tree::{DirId, Leaf, LeafKind, Meta, Node, Tree};
+use crate::store::{Build, Error, RefName, Store, TreeDigest};
+
+/// The coarsest clock tick of a file system that has inode numbers worth the name: some keep whole seconds, and the
+/// clocks of a network file system's two ends differ a little.
+const SETTLED: Duration = Duration::from_secs(2);
+
+const MAGIC: &[u8; 16] = b"LARDER-UNCHANGED";
+const VERSION: u8 = 1;
+const HEAD: usize = MAGIC.len() + 1 + 32 + 8;
+const MARK: usize = 20;
+
+/// How a leaf's inode was when the leaf was read. Inode 0, which no file has, stands for "not known".
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) struct Mark {
+    inode: u64,
+    ctime: (i64, u32),
+}
+
+/// The marks of a reading under way, in the order in which leaves were added to the tree.
+pub(super) struct Marks {
+    device: u64,
+    since: SystemTime,
+    marks: Vec<Mark>,
+}
+
+impl Marks {
+    /// Call before anything is read. `device` is that of the root; a leaf of another one gets no mark.
+    pub fn new(device: u64) -> Self {
+        Self {
+            device,
+            since: SystemTime::now(),
+            marks: Vec::new(),
+        }
+    }
+
+    /// The leaf with that number was read, with this status before and after.
+    pub fn add(&mut self, leaf: usize, stat: &Stat) {
+        if stat.st_dev != self.device || !is_settled(stat, self.since) {
+            return;
+        }
+        if self.marks.len() <= leaf {
+            self.marks.resize(leaf + 1, Mark::default());
+        }
+        self.marks[leaf] = mark(stat);
+    }
+
+    /// Puts the marks into the order of the finished tree, where leaf `order[i]` has become leaf `i`.
+    pub fn finish(self, order: &[u32]) -> Seen {
+        let mark = |leaf: &u32| self.marks.get(*leaf as usize).copied().unwrap_or_default();
+        Seen {
+            device: self.device,
+            marks: order.iter().map(mark).collect(),
+        }
+    }
+}
+
+impl Mark {
+    fn encode(&self, note: &mut Vec<u8>) {
+        note.extend_from_slice(&self.inode.to_le_bytes());
+        note.extend_from_slice(&self.ctime.0.to_le_bytes());
+        note.extend_from_slice(&self.ctime.1.to_le_bytes());
+    }
+
+    fn decode(bytes: &[u8; MARK]) -> Option<Mark> {
+        let (inode, rest) = bytes.split_first_chunk()?;
+        let (seconds, nanos) = rest.split_first_chunk()?;
+        Some(Mark {
+            inode: u64::from_le_bytes(*inode),
+            ctime: (i64::from_le_bytes(*seconds), u32::from_le_bytes(nanos.try_into().ok()?)),
+        })
+    }
+}
+
+fn mark(stat: &Stat) -> Mark {
+    Mark {
+        inode: stat.st_ino,
+        ctime: (stat.st_ctime, stat.st_ctime_nsec as u32),
+    }
+}
+
+fn is_settled(stat: &Stat, since: SystemTime) -> bool {
+    let Ok(since) = since
+        .checked_sub(SETTLED)
+        .unwrap_or(UNIX_EPOCH)
+        .duration_since(UNIX_EPOCH)
+    else {
+        return false;
+    };
+    let ctime = (stat.st_ctime, stat.st_ctime_nsec);
+    ctime <= (since.as_secs() as i64, since.subsec_nanos().into())
+}
+
+/// What is noted beside a ref.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    device: u64,
+    /// One for each leaf of the tree.
+    marks: Vec<Mark>,
+}
+
+impl Seen {
+    /// Notes it beside the ref that the tree was published under, unless that is what is noted there.
+    pub fn save(&self, store: &Store, name: &RefName, tree: &TreeDigest, known: Option<&Known>) -> Result<(), Error> {
+        if known.is_some_and(|known| known.digest == *tree && known.seen == *self) {
+            return Ok(());
+        }
+        store.write_note(name, &self.encode(tree))
+    }
+
+    fn encode(&self, tree: &TreeDigest) -> Vec<u8> {
+        let mut note = Vec::with_capacity(HEAD + self.marks.len() * MARK + 32);
+        note.extend_from_slice(MAGIC);
+        note.push(VERSION);
+        note.extend_from_slice(tree.as_bytes());
+        note.extend_from_slice(&self.device.to_le_bytes());
+        for mark in &self.marks {
+            mark.encode(&mut note);
+        }
+        // Written without a sync: after a power cut there may be anything.
+        let check = Sha256::digest(&note);
+        note.extend_from_slice(&check);
+        note
+    }
+
+    fn decode(note: &[u8]) -> Option<(TreeDigest, Seen)> {
+        let (note, check) = note.split_last_chunk::<32>()?;
+        if Sha256::digest(note)[..] != check[..] {
+            return None;
+        }
+        let (magic, rest) = note.split_first_chunk::<16>()?;
+        let (version, rest) = rest.split_first()?;
+        if magic != MAGIC || *version != VERSION {
+            return None;
+        }
+        let (tree, rest) = rest.split_first_chunk()?;
+        let (device, rest) = rest.split_first_chunk()?;
+        let (marks, rest) = rest.as_chunks::<MARK>();
+        if !rest.is_empty() {
+            return None;
+        }
+        let seen = Seen {
+            device: u64::from_le_bytes(*device),
+            marks: marks.iter().map(Mark::decode).collect::<Option<_>>()?,
+        };
+        Some((TreeDigest::from_bytes(*tree), seen))
+    }
+}
+
+/// A tree that was read before, and how its inodes were.
+pub(super) struct Known {
+    digest: TreeDigest,
+    tree: Tree,
+    seen: Seen,
+}
+
+impl Known {
+    /// The tree that was published under that name from a folder last; the build keeps it. `None` if nothing is noted,
+    /// or what is noted cannot be used: then all is read.
+    pub fn load(store: &Store, name: &RefName, build: &Build) -> Option<Known> {
+        let note = store.read_note(name).unwrap_or_else(|error| {
+            tracing::warn!(%name, %error, "cannot read what is known of the folder; reading all of it");
+            None
+        })?;
+        let (digest, seen) = Seen::decode(&note)?;
+        drop(note);
+        // A tree that is damaged or gone is one that is to be built anew.
+        let tree = build.keep(&digest).ok()?;
+        (tree.leaves.len() == seen.marks.len()).then_some(Known { digest, tree, seen })
+    }
+
+    /// A folder of the tree, below another one.
+    pub fn below(&self, parent: DirId, name: &[u8]) -> Option<DirId> {
+        match self.tree.lookup_in(parent, name)? {
+            Node::Dir(dir) => Some(dir),
+            Node::Leaf(_) => None,
+        }
+    }
+
+    /// The leaf of that name, if what has this status now is what was read then.
+    pub fn unchanged(&self, parent: DirId, name: &[u8], stat: &Stat) -> Option<Leaf> {
+        let Node::Leaf(id) = self.tree.lookup_in(parent, name)? else {
+            return None;
+        };
+        let leaf = self.tree.leaf(id);
+        let same = self.seen.marks[id.0 as usize] == mark(stat)
+            && stat.st_ino != 0
+            && self.seen.device == stat.st_dev
+            && leaf.meta.mtime == (stat.st_mtime, stat.st_mtime_nsec as u32)
+            && is_kind(&leaf.kind, stat);
+        same.then(|| Leaf {
+            meta: Meta {
+                mode: (stat.st_mode & 0o7777) as u16,
+                uid: stat.st_uid,
+                gid: stat.st_gid,
+                ..leaf.meta.clone()
+            },
+            kind: leaf.kind.clone(),
+        })
+    }
+}
+
+fn is_kind(kind: &LeafKind, stat: &Stat) -> bool {
+    match (kind, file_type(stat)) {
+        (LeafKind::File { size, .. }, FileType::RegularFile) => i64::try_from(*size) == Ok(stat.st_size),
+        (LeafKind::Symlink(target), FileType::Symlink) => i64::try_from(target.len()) == Ok(stat.st_size),
+        (LeafKind::CharDevice { major, minor }, FileType::CharacterDevice)
+        | (LeafKind::BlockDevice { major, minor }, FileType::BlockDevice) => (*major, *minor) == device(stat),
+        (LeafKind::Fifo, FileType::Fifo) | (LeafKind::Socket, FileType::Socket) => true,
+        _ => false,
+    }
+}
