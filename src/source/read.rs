@@ -81,19 +81,10 @@ pub(super) fn read<R: Rules>(
     }
 }
 
-/// The folders of other trees that have the same path.
-#[derive(Clone, Copy)]
-struct Others {
-    /// Of the tree below ([`Rules::below`]).
-    below: Option<DirId>,
-    /// Of what was read before.
-    known: Option<DirId>,
-}
-
 /// A folder on the way down.
 struct Frame {
     dir: DirId,
-    others: Others,
+    below: Option<DirId>,
     /// Its place in [`Walk::visits`].
     visit: usize,
     /// Length of its path.
@@ -164,12 +155,9 @@ impl<'a, R: Rules> Walk<'a, R> {
     }
 
     fn run(&mut self) -> Result<(), Error> {
-        let others = Others {
-            below: self.rules.below_root(),
-            known: self.reading.known.map(|_| Tree::ROOT),
-        };
+        let below = self.rules.below_root();
         let mut frames: Vec<Frame> = self
-            .folder(Tree::ROOT, others, (0, 0), c"".into())?
+            .folder(Tree::ROOT, below, (0, 0), c"".into())?
             .into_iter()
             .collect();
         while let Some(frame) = frames.last_mut() {
@@ -187,9 +175,9 @@ impl<'a, R: Rules> Walk<'a, R> {
                 }
                 continue;
             };
-            let (dir, others, place) = (frame.dir, frame.others, (frame.visit, frames.len()));
+            let (dir, below, place) = (frame.dir, frame.below, (frame.visit, frames.len()));
             self.push(&name);
-            if let Some(frame) = self.enter(dir, others, place, name, &stat)? {
+            if let Some(frame) = self.enter(dir, below, place, name, &stat)? {
                 frames.push(frame);
             }
         }
@@ -200,7 +188,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn enter(
         &mut self,
         parent: DirId,
-        others: Others,
+        below: Option<DirId>,
         place: (usize, usize),
         name: CString,
         seen: &Stat,
@@ -213,17 +201,12 @@ impl<'a, R: Rules> Walk<'a, R> {
             self.fail(error_kind(&error));
             return Ok(None);
         }
-        let others = Others {
-            below: others.below.and_then(|dir| self.rules.below(dir, name.to_bytes())),
-            known: others
-                .known
-                .and_then(|dir| self.reading.known?.below(dir, name.to_bytes())),
-        };
+        let below = below.and_then(|below| self.rules.below(below, name.to_bytes()));
         let dir = self
             .tree
             .add_dir(parent, name.to_bytes(), Meta::default())
             .map_err(store::Error::from)?;
-        let frame = self.folder(dir, others, place, name)?;
+        let frame = self.folder(dir, below, place, name)?;
         if frame.is_none() && self.descent.leave().is_err() {
             self.fail(FailureKind::Changed);
         }
@@ -234,7 +217,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn folder(
         &mut self,
         dir: DirId,
-        mut others: Others,
+        below: Option<DirId>,
         (parent, depth): (usize, usize),
         name: CString,
     ) -> Result<Option<Frame>, Error> {
@@ -261,23 +244,23 @@ impl<'a, R: Rules> Walk<'a, R> {
             name,
             stat,
         });
-        others.below = others.below.filter(|_| !opaque);
+        let below = below.filter(|_| !opaque);
         let length = self.path.len();
         let mut folders = Vec::new();
         for name in &names {
             self.push(name);
             if !self.rules.excludes(&self.path) {
-                self.entry(&folder, (dir, others.known), visit, name, &mut folders)?;
+                self.entry(&folder, dir, visit, name, &mut folders)?;
             }
             self.path.truncate(length);
         }
-        if let Some(below) = others.below {
+        if let Some(below) = below {
             self.rules.merge(&mut self.tree, below, dir, &names)?;
         }
         folders.reverse();
         Ok(Some(Frame {
             dir,
-            others,
+            below,
             visit,
             path: length,
             folders,
@@ -295,7 +278,7 @@ impl<'a, R: Rules> Walk<'a, R> {
     fn entry(
         &mut self,
         folder: &Arc<OwnedFd>,
-        (dir, known): (DirId, Option<DirId>),
+        dir: DirId,
         visit: usize,
         name: &CString,
         folders: &mut Vec<(CString, Stat)>,
@@ -336,7 +319,7 @@ impl<'a, R: Rules> Walk<'a, R> {
                 .map_err(store::Error::from)?;
             return Ok(());
         }
-        let unchanged = known.and_then(|dir| self.reading.known?.unchanged(dir, name.to_bytes(), &stat));
+        let unchanged = self.reading.known.and_then(|known| known.unchanged(&stat));
         let is_unchanged = unchanged.is_some();
         // Its place is taken now, so that further names of the inode find it; what it is, is filled in when it is read.
         let unread = || Leaf {

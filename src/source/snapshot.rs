@@ -28,7 +28,8 @@ const UNRESOLVED: [&[u8]; 2] = [b"trusted.overlay.redirect", b"trusted.overlay.m
 pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBool) -> Result<Tree, Error> {
     let upper = layers.upper(id)?;
     // Until the build is published, also when the layer is released before.
-    let mut base = build.keep(&upper.record.tree)?;
+    build.keep(&upper.record.tree)?;
+    let mut base = layers.store().load(&upper.record.tree)?;
     if let Some(ids) = upper.record.ids {
         own(&mut base, ids);
     }

@@ -8,13 +8,14 @@
 //! What this cannot see is what no file system tells: a write through a shared memory mapping whose page was dirty
 //! already when the file was read.
 
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FileType, Stat};
 use sha2::{Digest as _, Sha256};
 
 use super::leaf::{device, file_type};
-use crate::store::tree::{DirId, Leaf, LeafKind, Meta, Node, Tree};
+use crate::store::tree::{Leaf, LeafKind, Meta, reorder};
 use crate::store::{Build, Error, RefName, Store, TreeDigest};
 
 /// The coarsest clock tick of a file system that has inode numbers worth the name: some keep whole seconds, and the
@@ -62,11 +63,14 @@ impl Marks {
     }
 
     /// Puts the marks into the order of the finished tree, where leaf `order[i]` has become leaf `i`.
-    pub fn finish(self, order: &[u32]) -> Seen {
-        let mark = |leaf: &u32| self.marks.get(*leaf as usize).copied().unwrap_or_default();
+    pub fn finish(mut self, order: &[u32]) -> Seen {
+        // The last leaves may have none.
+        let leaves = order.iter().max().map_or(0, |last| *last as usize + 1);
+        self.marks.resize(leaves, Mark::default());
+        reorder(&mut self.marks, order);
         Seen {
             device: self.device,
-            marks: order.iter().map(mark).collect(),
+            marks: self.marks,
         }
     }
 }
@@ -118,7 +122,7 @@ pub(super) struct Seen {
 impl Seen {
     /// Notes it beside the ref that the tree was published under, unless that is what is noted there.
     pub fn save(&self, store: &Store, name: &RefName, tree: &TreeDigest, known: Option<&Known>) -> Result<(), Error> {
-        if known.is_some_and(|known| known.digest == *tree && known.seen == *self) {
+        if known.is_some_and(|known| known.tree == *tree && known.seen == *self) {
             return Ok(());
         }
         store.write_note(name, &self.encode(tree))
@@ -163,44 +167,50 @@ impl Seen {
     }
 }
 
-/// A tree that was read before, and how its inodes were.
+/// The leaves of a tree that was read before, and how their inodes were.
 pub(super) struct Known {
-    digest: TreeDigest,
-    tree: Tree,
+    tree: TreeDigest,
+    leaves: Arc<Vec<Leaf>>,
     seen: Seen,
+    /// The leaves that have a mark, by inode.
+    by_inode: Vec<u32>,
 }
 
 impl Known {
-    /// The tree that was published under that name from a folder last; the build keeps it. `None` if nothing is noted,
-    /// or what is noted cannot be used: then all is read.
+    /// What was published under that name from a folder last; the build keeps it. `None` if nothing is noted, or what
+    /// is noted cannot be used: then all is read.
     pub fn load(store: &Store, name: &RefName, build: &Build) -> Option<Known> {
         let note = store.read_note(name).unwrap_or_else(|error| {
             tracing::warn!(%name, %error, "cannot read what is known of the folder; reading all of it");
             None
         })?;
-        let (digest, seen) = Seen::decode(&note)?;
+        let (tree, seen) = Seen::decode(&note)?;
         drop(note);
         // A tree that is damaged or gone is one that is to be built anew.
-        let tree = build.keep(&digest).ok()?;
-        (tree.leaves.len() == seen.marks.len()).then_some(Known { digest, tree, seen })
-    }
-
-    /// A folder of the tree, below another one.
-    pub fn below(&self, parent: DirId, name: &[u8]) -> Option<DirId> {
-        match self.tree.lookup_in(parent, name)? {
-            Node::Dir(dir) => Some(dir),
-            Node::Leaf(_) => None,
-        }
-    }
-
-    /// The leaf of that name, if what has this status now is what was read then.
-    pub fn unchanged(&self, parent: DirId, name: &[u8], stat: &Stat) -> Option<Leaf> {
-        let Node::Leaf(id) = self.tree.lookup_in(parent, name)? else {
+        let leaves = build.keep(&tree).ok()?;
+        if leaves.len() != seen.marks.len() {
             return None;
-        };
-        let leaf = self.tree.leaf(id);
-        let same = self.seen.marks[id.0 as usize] == mark(stat)
-            && stat.st_ino != 0
+        }
+        let marked = (0..).zip(&seen.marks).filter(|(_, mark)| mark.inode != 0);
+        let mut by_inode: Vec<u32> = marked.map(|(leaf, _)| leaf).collect();
+        by_inode.sort_unstable_by_key(|leaf| seen.marks[*leaf as usize].inode);
+        Some(Known {
+            tree,
+            leaves,
+            seen,
+            by_inode,
+        })
+    }
+
+    /// The leaf that was read from this inode, if it is now as it was then.
+    pub fn unchanged(&self, stat: &Stat) -> Option<Leaf> {
+        let mark_of = |leaf: &u32| self.seen.marks[*leaf as usize];
+        let found = self
+            .by_inode
+            .binary_search_by_key(&stat.st_ino, |leaf| mark_of(leaf).inode);
+        let number = self.by_inode[found.ok()?];
+        let leaf = &self.leaves[number as usize];
+        let same = mark_of(&number) == mark(stat)
             && self.seen.device == stat.st_dev
             && leaf.meta.mtime == (stat.st_mtime, stat.st_mtime_nsec as u32)
             && is_kind(&leaf.kind, stat);

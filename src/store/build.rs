@@ -9,6 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
+use rayon::prelude::*;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
@@ -17,7 +18,7 @@ use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
-use super::tree::Tree;
+use super::tree::Leaf;
 use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
@@ -59,8 +60,29 @@ pub struct Build {
 /// A tree whose contents may be named by the tree under way.
 pub(super) struct Kept {
     _hold: Hold,
-    /// Sorted.
-    contents: Vec<Digest>,
+    leaves: Arc<Vec<Leaf>>,
+    /// The leaves that have a content, by its digest.
+    by_digest: Vec<u32>,
+}
+
+impl Kept {
+    fn new(hold: Hold, leaves: Arc<Vec<Leaf>>) -> Kept {
+        let contents = (0..).zip(leaves.iter()).filter(|(_, leaf)| leaf.content().is_some());
+        let mut by_digest: Vec<u32> = contents.map(|(leaf, _)| leaf).collect();
+        by_digest.par_sort_unstable_by_key(|leaf| leaves[*leaf as usize].content());
+        Kept {
+            _hold: hold,
+            leaves,
+            by_digest,
+        }
+    }
+
+    pub fn names(&self, digest: &Digest) -> bool {
+        let digest_of = |leaf: &u32| self.leaves[*leaf as usize].content().map(|(digest, _)| digest);
+        self.by_digest
+            .binary_search_by(|leaf| digest_of(leaf).cmp(&Some(digest)))
+            .is_ok()
+    }
 }
 
 impl Store {
@@ -87,22 +109,15 @@ impl Store {
 }
 
 impl Build {
-    /// Loads a tree and keeps it until the build is published or dropped: its contents may be named without having
-    /// been put or found. Naming them does not count as a use of each; the tree's does. Fails as [`Store::hold`] and
-    /// [`Store::load`] do.
-    pub fn keep(&self, tree: &TreeDigest) -> Result<Tree, Error> {
+    /// Keeps a tree until the build is published or dropped, so that its contents may be named without having been put
+    /// or found. Naming them does not count as a use of each; the tree's does. Returns the tree's leaves, in the order
+    /// of the manifest. Fails as [`Store::hold`] and [`Store::load`] do.
+    pub fn keep(&self, tree: &TreeDigest) -> Result<Arc<Vec<Leaf>>, Error> {
         let hold = Hold::take_stored(&self.store, tree)?;
-        let tree = manifests::load(&self.store, tree)?;
-        let mut contents: Vec<Digest> = tree.contents().map(|(digest, _)| *digest).collect();
-        contents.sort_unstable();
-        contents.dedup();
-        lock(&self.kept).push(Kept { _hold: hold, contents });
-        Ok(tree)
-    }
-
-    /// Whether a tree that is kept names the content.
-    pub(super) fn keeps(kept: &[Kept], digest: &Digest) -> bool {
-        kept.iter().any(|kept| kept.contents.binary_search(digest).is_ok())
+        let leaves = Arc::new(manifests::leaves(&self.store, tree)?);
+        let kept = Kept::new(hold, leaves.clone());
+        lock(&self.kept).push(kept);
+        Ok(leaves)
     }
 
     /// Stores what a reader gives until its end.

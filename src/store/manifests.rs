@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::disk::{self, Step};
 use super::layout::{Inner, manifest_path};
-use super::tree::{Digests, FormatError, Tree};
+use super::tree::{Digests, FormatError, Leaf, Reader, Record, Tree};
 use super::{Digest, Error, TreeDigest};
 
 fn open(store: &Inner, tree: &TreeDigest) -> Result<File, Error> {
@@ -32,6 +32,20 @@ pub(super) fn load(store: &Inner, tree: &TreeDigest) -> Result<Tree, Error> {
     let read = Tree::read(&mut input).map_err(|source| bad(store, tree, source))?;
     input.finish(tree)?;
     Ok(read)
+}
+
+/// The tree's leaves, in the order of the manifest.
+pub(super) fn leaves(store: &Inner, tree: &TreeDigest) -> Result<Vec<Leaf>, Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    let mut records = Reader::new(&mut input);
+    let mut leaves = Vec::new();
+    while let Some(record) = records.next_record().map_err(|source| bad(store, tree, source))? {
+        if let Record::Leaf { leaf, .. } = record {
+            leaves.push(leaf);
+        }
+    }
+    input.finish(tree)?;
+    Ok(leaves)
 }
 
 /// Digest and size of every distinct content that the tree names, sorted.

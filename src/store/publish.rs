@@ -126,7 +126,7 @@ impl Build {
             let leased = lock(self.leases.table(digest)).get(digest).map(|leased| leased.size);
             let found = match leased {
                 Some(size) => Some(size),
-                None if Build::keeps(kept, digest) => self.stored(digest)?,
+                None if kept.iter().any(|kept| kept.names(digest)) => self.stored(digest)?,
                 None => self.find(digest)?,
             };
             match found {

@@ -189,8 +189,7 @@ fn a_build_keeps_a_tree_until_it_ends() {
     let (_dir, store) = store();
     let revision = publish(&store, "a", &[("f", b"held")]);
     let build = store.build().unwrap();
-    let tree = build.keep(&revision.digest).unwrap();
-    assert_eq!(tree.digest().unwrap(), revision.digest);
+    assert_eq!(build.keep(&revision.digest).unwrap().len(), 1);
     store.forget(&name("a")).unwrap();
     collect(&store);
     assert!(exists(&store, b"held"));

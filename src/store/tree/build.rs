@@ -85,11 +85,10 @@ impl Tree {
     fn renumbered(mut self) -> (Tree, Vec<u32>) {
         let mut tree = Tree {
             dirs: Vec::with_capacity(self.dirs.len()),
-            leaves: Vec::with_capacity(self.leaves.len()),
+            leaves: std::mem::take(&mut self.leaves),
         };
-        let mut leaf_ids = vec![NONE; self.leaves.len()];
-        let mut order = Vec::with_capacity(self.leaves.len());
-        let mut leaves: Vec<Option<Leaf>> = std::mem::take(&mut self.leaves).into_iter().map(Some).collect();
+        let mut leaf_ids = vec![NONE; tree.leaves.len()];
+        let mut order = Vec::with_capacity(tree.leaves.len());
         // (new number of the folder, entry to look at next)
         let mut stack: Vec<(u32, usize)> = Vec::new();
         if let Some(root) = self.dirs.first_mut() {
@@ -113,9 +112,8 @@ impl Tree {
                 }
                 Node::Leaf(old) => {
                     let old = old.0 as usize;
-                    if let Some(leaf) = leaves[old].take() {
-                        leaf_ids[old] = tree.leaves.len() as u32;
-                        tree.leaves.push(leaf);
+                    if leaf_ids[old] == NONE {
+                        leaf_ids[old] = order.len() as u32;
                         order.push(old as u32);
                     }
                     Node::Leaf(LeafId(leaf_ids[old]))
@@ -123,8 +121,33 @@ impl Tree {
             };
             tree.dirs[dir].entries[at].node = renamed;
         }
+        reorder(&mut tree.leaves, &order);
         (tree, order)
     }
+}
+
+/// Makes what was item `order[i]` item `i`, in place: a second copy of a large tree's leaves is what would take most
+/// memory. What `order` does not name goes; it names nothing twice.
+pub(crate) fn reorder<T>(items: &mut Vec<T>, order: &[u32]) {
+    // Completed to a permutation, which is cycles; each is gone along once.
+    let mut named = vec![false; items.len()];
+    for old in order {
+        named[*old as usize] = true;
+    }
+    let rest = (0..items.len() as u32).filter(|old| !named[*old as usize]);
+    let mut from: Vec<u32> = order.iter().copied().chain(rest).collect();
+    for start in 0..items.len() {
+        let mut at = start;
+        loop {
+            let next = std::mem::replace(&mut from[at], at as u32) as usize;
+            if next == start {
+                break;
+            }
+            items.swap(at, next);
+            at = next;
+        }
+    }
+    items.truncate(order.len());
 }
 
 fn take(dir: &mut Dir) -> Dir {

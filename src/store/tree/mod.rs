@@ -16,6 +16,7 @@ mod tests;
 mod walk;
 mod write;
 
+pub(crate) use build::reorder;
 pub use check::{InvalidTree, MAX_NAME, MAX_SYMLINK, MAX_XATTR_NAME, MAX_XATTR_VALUE};
 pub use read::{Digests, FormatError, Reader, Record};
 pub use walk::{Stats, Walk};

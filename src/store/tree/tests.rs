@@ -422,3 +422,19 @@ fn a_tree_digest_is_not_a_blob_digest() {
         TreeDigest::from_bytes(*digest_of(&bytes).as_bytes())
     );
 }
+
+#[test]
+fn leaves_are_put_in_order_in_place() {
+    for (order, expected) in [
+        (&[][..], &[][..]),
+        (&[0, 1, 2, 3, 4], &[10, 11, 12, 13, 14]),
+        (&[4, 0, 3, 2, 1], &[14, 10, 13, 12, 11]),
+        (&[2, 0, 1], &[12, 10, 11]),
+        (&[4], &[14]),
+        (&[3, 1], &[13, 11]),
+    ] {
+        let mut items = vec![10, 11, 12, 13, 14];
+        super::build::reorder(&mut items, order);
+        assert_eq!(items, expected, "{order:?}");
+    }
+}
