@@ -1,12 +1,13 @@
 //! larder keeps file trees on Kubernetes nodes: each distinct file once, by the SHA-256 of its bytes.
 //!
-//! The map; arrows between modules go one way: `agent → source → layer → store`, `agent, controller → cluster → api`,
-//! and everybody may use `telemetry`. `store` and `api` import none of the others.
+//! The map; arrows between modules go one way: `agent → cli → source → layer → store`, `agent, controller → cluster →
+//! api`, and everybody may use `telemetry`. `store` and `api` import none of the others.
 //!
 //! - [`store`]: the node-local content-addressed store. Knows no Kubernetes and no mounts.
 //! - [`layer`]: mounts and writable layers over a tree, and reading back what was changed in one.
 //! - [`source`]: where a tree comes from: a directory, a layer.
 //! - [`agent`]: one per node: what the node should hold, into the store and its layers.
+//! - [`cli`]: `larder store`, for an admin; and the socket by which an agent runs its commands.
 //! - [`api`]: the custom resources: types, defaults, validation, conditions. No I/O.
 //! - [`cluster`]: talking to the API server: following, writing, events, leases.
 //! - [`controller`]: one per cluster: resources to nodes, and the nodes' answers back.
@@ -14,6 +15,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod cli;
 pub mod cluster;
 pub mod controller;
 pub mod layer;

@@ -6,8 +6,9 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context;
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use larder::api::{parse_duration, parse_size};
+use larder::cli::StoreArgs;
 use larder::source::SourceRoot;
 use larder::telemetry::{Health, LogFormat, init_logs};
 use larder::{agent, controller, layer, store, telemetry};
@@ -38,6 +39,8 @@ enum Command {
         #[arg(long, value_name = "DIR")]
         output: Option<PathBuf>,
     },
+    /// Work with a store: put, build, list, compare, export, collect. Needs no cluster.
+    Store(StoreArgs),
 }
 
 #[derive(Args)]
@@ -111,6 +114,7 @@ fn main() -> ExitCode {
         Command::Controller(args) => run_controller(args),
         Command::Agent(args) => run_agent(args),
         Command::Crds { output } => crds(output.as_deref()),
+        Command::Store(args) => return ExitCode::from(larder::cli::run(args, Cli::command())),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

@@ -59,6 +59,7 @@ impl Builder {
                     .map_err(source_failure)?;
                 let options = ScanOptions {
                     exclude: directory.exclude.clone(),
+                    ..ScanOptions::default()
                 };
                 source::build_directory(&self.store, &folder, &options, target, cancel)
             }

@@ -3,7 +3,8 @@
 use std::ffi::{CString, OsStr};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 
@@ -21,6 +22,8 @@ pub struct ScanOptions {
     /// Globs of paths, relative to the folder, that are left out: `*` stays within a name, `**` goes over folders. A
     /// folder that matches is left out whole.
     pub exclude: Vec<String>,
+    /// Counts the entries that were read, or found to be as they were.
+    pub progress: Arc<AtomicU64>,
 }
 
 /// Reads a folder into a tree, and its contents into a build.
@@ -92,6 +95,7 @@ fn scan_knowing(
         cancel,
         store: Some(dir.store),
         known,
+        progress: &options.progress,
     };
     read(&dir.folder, || Plain { exclude: &exclude }, &reading)
 }

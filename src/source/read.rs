@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rayon::prelude::*;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, statat};
@@ -56,6 +56,8 @@ pub(super) struct Reading<'a> {
     pub store: Option<(u64, u64)>,
     /// What was read of this folder before.
     pub known: Option<&'a Known>,
+    /// Counts the entries that have been read.
+    pub progress: &'a AtomicU64,
 }
 
 /// Reads everything below `root`; again when folders changed meanwhile.
@@ -334,6 +336,7 @@ impl<'a, R: Rules> Walk<'a, R> {
             self.links.insert(inode, leaf);
         }
         if is_unchanged {
+            self.reading.progress.fetch_add(1, Ordering::Relaxed);
             self.marks.add(leaf.0 as usize, &stat);
             return Ok(());
         }
@@ -358,12 +361,14 @@ impl<'a, R: Rules> Walk<'a, R> {
         if self.reading.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let (build, cancel) = (self.reading.build, self.reading.cancel);
+        let (build, cancel, progress) = (self.reading.build, self.reading.cancel, self.reading.progress);
         let pending = std::mem::take(&mut self.pending);
         let read: Vec<Result<(Leaf, Stat), Trouble>> = pending
             .par_iter()
             .map_init(Buffers::new, |buffers, entry| {
-                leaf::read(&entry.folder, &entry.name, &entry.stat, build, cancel, buffers)
+                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, build, cancel, buffers);
+                progress.fetch_add(1, Ordering::Relaxed);
+                read
             })
             .collect();
         for (entry, read) in pending.into_iter().zip(read) {

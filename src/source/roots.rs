@@ -140,6 +140,11 @@ impl SourceDir {
         SourceDir::new(open_root(path)?, path.to_owned(), store_id(store)?)
     }
 
+    /// A folder that such a caller has opened; `path` is for messages.
+    pub fn of(store: &Store, folder: OwnedFd, path: &Path) -> Result<SourceDir, Error> {
+        SourceDir::new(folder, path.to_owned(), store_id(store)?)
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

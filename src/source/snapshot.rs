@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use super::error::{Error, FailureKind};
 use super::read::{Reading, Rules, read};
@@ -45,6 +45,7 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
         cancel,
         store: None,
         known: None,
+        progress: &AtomicU64::new(0),
     };
     let rules = || Over {
         base: &base,

@@ -50,6 +50,7 @@ impl Place {
 fn scan_of(store: &Store, path: &Path, exclude: &[&str], build: &Build) -> Result<Tree, Error> {
     let options = ScanOptions {
         exclude: exclude.iter().map(|glob| (*glob).to_owned()).collect(),
+        ..ScanOptions::default()
     };
     scan(&SourceDir::open(store, path)?, &options, build, &AtomicBool::new(false))
 }

@@ -28,6 +28,8 @@ pub enum Error {
     MissingBlob { digest: Digest },
     #[error("the content {digest} has {found} bytes in the store instead of {expected}: store it again to heal it")]
     WrongLength { digest: Digest, expected: u64, found: u64 },
+    #[error("the content {digest} is damaged: its bytes have the digest {found}; store it again to heal it")]
+    WrongBlob { digest: Digest, found: Digest },
     #[error("the manifest {tree} is not in the store")]
     MissingManifest { tree: TreeDigest },
     #[error("the manifest {tree} is damaged: {source}; rebuild the tree to heal it")]
@@ -40,6 +42,8 @@ pub enum Error {
     Locked { root: PathBuf, pid: Option<u32> },
     #[error("{} is not a store and not empty: it holds {found:?}", root.display())]
     NotAStore { root: PathBuf, found: String },
+    #[error("there is no store in {}", root.display())]
+    NoStore { root: PathBuf },
     #[error("{}: {message}", path.display())]
     Config { path: PathBuf, message: String },
     #[error("the ref {name} cannot be read: {message}; rebuild its owner or forget the ref")]
@@ -71,6 +75,8 @@ pub enum Error {
         shown(path)
     )]
     Time { path: Vec<u8>, seconds: i64, nanos: u32 },
+    #[error("cancelled")]
+    Cancelled,
     #[error("cannot export {}: {source}", shown(path))]
     ExportBlob { path: Vec<u8>, source: Box<Error> },
 }

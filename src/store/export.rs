@@ -8,28 +8,52 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, SeekFrom, Timespec, Timestamps, UTIME_OMIT, Uid};
 use rustix::io::Errno;
 
 use super::disk::{self, Step};
 use super::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Node, Tree};
-use super::{Digest, Error, Store, files};
+use super::{Digest, Error, Reader, files};
 
 /// With so many bytes free beside its value, an attribute is not refused for want of space.
 const ROOM_FOR_XATTR: u64 = 1 << 20;
 
-impl Store {
+/// What an export that goes on for long is told and tells.
+#[derive(Debug, Default)]
+pub struct ExportWatch {
+    /// Set it, and the export ends with [`Error::Cancelled`] before its next entry.
+    pub cancel: Arc<AtomicBool>,
+    /// Entries that are written.
+    pub entries: AtomicU64,
+}
+
+impl Reader {
     /// Writes the tree into `into`, which must be an empty folder or not exist: contents, hard links, owners, modes,
     /// extended attributes and times, those of the root included. `owner` replaces the owner of every entry.
     ///
     /// Nothing is left out without a word: what the file system cannot keep is an error that names the path. What was
     /// written until then stays, for the caller to remove ([`super::remove_all`]).
     pub fn export(&self, tree: &Tree, into: &Path, owner: Option<(u32, u32)>) -> Result<(), Error> {
+        self.export_watched(tree, into, owner, &ExportWatch::default())
+    }
+
+    /// As [`Reader::export`], for a caller who watches or cancels it.
+    pub fn export_watched(
+        &self,
+        tree: &Tree,
+        into: &Path,
+        owner: Option<(u32, u32)>,
+        watch: &ExportWatch,
+    ) -> Result<(), Error> {
         let error = |action: &'static str| move |e: Errno| Error::io(action, into, e);
         match disk::mkdir(Step::ExportRoot, rustix::fs::CWD, into) {
             Ok(()) | Err(Errno::EXIST) => {}
-            Err(other) => return Err(self.inner.write_error(into, 4096, other)),
+            // Not even the folder: how much else there is free does not matter.
+            Err(Errno::NOSPC | Errno::DQUOT) => return Err(Error::DiskFull { needed: 4096, free: 0 }),
+            Err(other) => return Err(error("create")(other)),
         }
         let top = files::open_dir(rustix::fs::CWD, into).map_err(error("open"))?;
         if !files::names(&top).map_err(error("list"))?.is_empty() {
@@ -54,6 +78,7 @@ impl Store {
             top: top.as_fd(),
             tree,
             owner,
+            watch,
             reflink: true,
             names: vec![None; tree.leaves.len()],
             link_dir: None,
@@ -64,11 +89,12 @@ impl Store {
 }
 
 struct Export<'a> {
-    store: &'a Store,
+    store: &'a Reader,
     /// The folder that is written into.
     top: BorrowedFd<'a>,
     tree: &'a Tree,
     owner: Option<(u32, u32)>,
+    watch: &'a ExportWatch,
     /// Does the file system share blocks? Until it has said no.
     reflink: bool,
     /// Where each leaf's first name is: index in `parents` …
@@ -110,6 +136,10 @@ impl Export<'_> {
                 }
                 continue;
             };
+            if self.watch.cancel.load(Ordering::Relaxed) {
+                return Err(Error::Cancelled);
+            }
+            self.watch.entries.fetch_add(1, Ordering::Relaxed);
             level.done += 1;
             let index = level.done as u32 - 1;
             let name: &[u8] = &entry.name;

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 
 use super::disk::{self, Step};
-use super::layout::{IMAGES, Inner};
+use super::layout::{Folder, IMAGES, Inner};
 use super::{Error, TreeDigest, files, remove};
 
 /// Deepest folder of an image that is counted, so that counting needs few descriptors.
@@ -29,7 +29,7 @@ fn tree_of(name: &str) -> Option<TreeDigest> {
 }
 
 /// Every image. Other names in the folder are left alone.
-pub(super) fn list(store: &Inner) -> Result<Vec<Image>, Error> {
+pub(super) fn list(store: &Folder) -> Result<Vec<Image>, Error> {
     let error = |e: Errno| Error::io("list", store.path(IMAGES), e);
     let dir = files::open_dir(&store.dir, IMAGES).map_err(error)?;
     let mut found = Vec::new();

@@ -4,8 +4,8 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -70,12 +70,64 @@ pub(super) struct Count {
     pub bytes: u64,
 }
 
-/// An open store.
-pub(super) struct Inner {
+impl Count {
+    pub fn add(&mut self, other: Count) {
+        self.blobs += other.blobs;
+        self.bytes += other.bytes;
+    }
+}
+
+/// A store's folder, and what reading it takes.
+pub(super) struct Folder {
     pub root: PathBuf,
     /// The root folder; all paths below are relative to it.
     pub dir: OwnedFd,
     pub id: String,
+}
+
+impl Folder {
+    /// Without the lock, and without any change. Fails with [`Error::NoStore`] if there is none.
+    pub fn open(root: &Path) -> Result<Folder, Error> {
+        let none = || Error::NoStore { root: root.to_owned() };
+        let dir = match disk::open_root(root) {
+            Err(rustix::io::Errno::NOENT) => return Err(none()),
+            other => other.map_err(|e| Error::io("open", root, e))?,
+        };
+        refuse_strangers(root, &dir)?;
+        let config = read_config(root)?.ok_or_else(none)?;
+        Ok(Folder {
+            root: root.to_owned(),
+            dir,
+            id: config.id,
+        })
+    }
+
+    pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
+        self.root.join(relative)
+    }
+
+    /// Counts the blobs of one shard.
+    pub fn count_shard(&self, byte: u8) -> Result<Count, Error> {
+        let path = shard_path(byte);
+        let error = |e| Error::io("count", self.path(&path), e);
+        let mut count = Count::default();
+        let dir = match files::open_dir(&self.dir, path.as_str()) {
+            Err(rustix::io::Errno::NOENT) => return Ok(count),
+            other => other.map_err(error)?,
+        };
+        for (name, _) in files::names(&dir).map_err(error)? {
+            if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
+                count.blobs += 1;
+                count.bytes += stat.st_size.max(0) as u64;
+            }
+        }
+        Ok(count)
+    }
+}
+
+/// An open store.
+pub(super) struct Inner {
+    pub folder: Arc<Folder>,
     pub options: Options,
     /// One lock per first byte of a digest. A put holds it while it looks for its blob, a sweep while it removes some.
     pub shards: Vec<Mutex<Shard>>,
@@ -99,10 +151,9 @@ impl Inner {
             Some(config) => config.id,
             None => create(root, &dir)?,
         };
+        let root = root.to_owned();
         let store = Inner {
-            root: root.to_owned(),
-            dir,
-            id,
+            folder: Arc::new(Folder { root, dir, id }),
             options,
             shards: (0..256).map(|_| Mutex::default()).collect(),
             leases: Leases::default(),
@@ -125,10 +176,6 @@ impl Inner {
             remove::remove_tree(&staging, name.as_c_str()).map_err(error)?;
         }
         Ok(())
-    }
-
-    pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
-        self.root.join(relative)
     }
 
     /// A name below `staging/` that nobody else uses.
@@ -182,33 +229,21 @@ impl Inner {
     pub fn objects(&self) -> Result<Count, Error> {
         let mut total = Count::default();
         for (byte, shard) in self.shards.iter().enumerate() {
-            let path = shard_path(byte as u8);
-            let error = |e| Error::io("count", self.path(&path), e);
             let mut shard = lock(shard);
             let count = match shard.counted {
                 Some(count) => count,
-                None => {
-                    let mut count = Count::default();
-                    let dir = match files::open_dir(&self.dir, path.as_str()) {
-                        Err(rustix::io::Errno::NOENT) => None,
-                        other => Some(other.map_err(error)?),
-                    };
-                    if let Some(dir) = dir {
-                        for (name, _) in files::names(&dir).map_err(error)? {
-                            if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
-                                count.blobs += 1;
-                                count.bytes += stat.st_size.max(0) as u64;
-                            }
-                        }
-                    }
-                    shard.counted = Some(count);
-                    count
-                }
+                None => *shard.counted.insert(self.count_shard(byte as u8)?),
             };
-            total.blobs += count.blobs;
-            total.bytes += count.bytes;
+            total.add(count);
         }
         Ok(total)
+    }
+}
+
+impl std::ops::Deref for Inner {
+    type Target = Folder;
+    fn deref(&self) -> &Folder {
+        &self.folder
     }
 }
 

@@ -7,11 +7,11 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::disk::{self, Step};
-use super::layout::{Inner, manifest_path};
+use super::layout::{Folder, manifest_path};
 use super::tree::{Digests, FormatError, Leaf, Reader, Record, Tree};
 use super::{Digest, Error, TreeDigest};
 
-fn open(store: &Inner, tree: &TreeDigest) -> Result<File, Error> {
+fn open(store: &Folder, tree: &TreeDigest) -> Result<File, Error> {
     let path = manifest_path(tree);
     match disk::open_file(&store.dir, path.as_str()) {
         Ok(file) => Ok(file),
@@ -21,13 +21,13 @@ fn open(store: &Inner, tree: &TreeDigest) -> Result<File, Error> {
 }
 
 /// Fails unless the manifest is there and has the right bytes.
-pub(super) fn verify(store: &Inner, tree: &TreeDigest) -> Result<(), Error> {
+pub(super) fn verify(store: &Folder, tree: &TreeDigest) -> Result<(), Error> {
     let mut input = Hashing::new(open(store, tree)?);
     io::copy(&mut input, &mut io::sink()).map_err(|e| Error::io("read", store.path(manifest_path(tree)), e))?;
     input.finish(tree)
 }
 
-pub(super) fn load(store: &Inner, tree: &TreeDigest) -> Result<Tree, Error> {
+pub(super) fn load(store: &Folder, tree: &TreeDigest) -> Result<Tree, Error> {
     let mut input = Hashing::new(open(store, tree)?);
     let read = Tree::read(&mut input).map_err(|source| bad(store, tree, source))?;
     input.finish(tree)?;
@@ -35,7 +35,7 @@ pub(super) fn load(store: &Inner, tree: &TreeDigest) -> Result<Tree, Error> {
 }
 
 /// The tree's leaves, in the order of the manifest.
-pub(super) fn leaves(store: &Inner, tree: &TreeDigest) -> Result<Vec<Leaf>, Error> {
+pub(super) fn leaves(store: &Folder, tree: &TreeDigest) -> Result<Vec<Leaf>, Error> {
     let mut input = Hashing::new(open(store, tree)?);
     let mut records = Reader::new(&mut input);
     let mut leaves = Vec::new();
@@ -49,7 +49,7 @@ pub(super) fn leaves(store: &Inner, tree: &TreeDigest) -> Result<Vec<Leaf>, Erro
 }
 
 /// Digest and size of every distinct content that the tree names, sorted.
-pub(super) fn contents(store: &Inner, tree: &TreeDigest) -> Result<Vec<(Digest, u64)>, Error> {
+pub(super) fn contents(store: &Folder, tree: &TreeDigest) -> Result<Vec<(Digest, u64)>, Error> {
     let mut input = Hashing::new(open(store, tree)?);
     let mut found = Vec::new();
     for content in Digests::new(&mut input) {
@@ -61,7 +61,7 @@ pub(super) fn contents(store: &Inner, tree: &TreeDigest) -> Result<Vec<(Digest, 
     Ok(found)
 }
 
-fn bad(store: &Inner, tree: &TreeDigest, source: FormatError) -> Error {
+fn bad(store: &Folder, tree: &TreeDigest, source: FormatError) -> Error {
     match source {
         FormatError::Io(error) => Error::io("read", store.path(manifest_path(tree)), error),
         source => Error::BadManifest { tree: *tree, source },

@@ -22,9 +22,12 @@ mod layout;
 mod leases;
 mod manifests;
 mod publish;
+mod put;
+mod reader;
 mod refs;
 mod remove;
 pub mod retention;
+mod rm;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -33,22 +36,22 @@ mod time;
 pub mod tree;
 mod usage;
 
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-
-use rustix::io::Errno;
 
 pub use build::{Blob, Build};
 pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;
 pub use error::{Error, Problem};
+pub use export::ExportWatch;
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 pub use leases::Hold;
 pub use publish::Publish;
+pub use put::BuildProgress;
+pub use reader::{BlobInfo, Reader};
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
 pub use remove::remove_all;
-use tree::Tree;
+pub use rm::{Needed, Removed};
 pub use usage::Usage;
 
 /// How a store is opened.
@@ -60,9 +63,19 @@ pub struct Options {
 }
 
 /// An open store; clones share it. Only one process at a time has a store open.
+///
+/// It reads as a [`Reader`] does, by that one's methods.
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<layout::Inner>,
+    reader: Reader,
+}
+
+impl std::ops::Deref for Store {
+    type Target = Reader;
+    fn deref(&self) -> &Reader {
+        &self.reader
+    }
 }
 
 impl Store {
@@ -72,44 +85,14 @@ impl Store {
     /// obstacle. Fails with [`Error::NotAStore`] for a folder of something else.
     pub fn open(root: &Path, options: Options) -> Result<Store, Error> {
         let inner = Arc::new(layout::Inner::open(root, options)?);
-        Ok(Store { inner })
-    }
-
-    /// The store's own id (a UUID), made with it: another id under the same path is another store.
-    pub fn id(&self) -> &str {
-        &self.inner.id
-    }
-
-    pub fn root(&self) -> &Path {
-        &self.inner.root
-    }
-
-    /// Opens a content for reading. Fails with [`Error::MissingBlob`].
-    pub fn read(&self, digest: &Digest) -> Result<File, Error> {
-        let path = layout::object_path(digest);
-        match disk::open_file(&self.inner.dir, path.as_str()) {
-            Ok(file) => Ok(file),
-            Err(Errno::NOENT) => Err(Error::MissingBlob { digest: *digest }),
-            Err(error) => Err(Error::io("open", self.inner.path(&path), error)),
-        }
-    }
-
-    /// Reads a tree's manifest and checks that it is that tree.
-    pub fn load(&self, tree: &TreeDigest) -> Result<Tree, Error> {
-        manifests::load(&self.inner, tree)
+        let reader = Reader::new(inner.folder.clone());
+        Ok(Store { inner, reader })
     }
 
     /// Keeps a tree with its blobs and images while the guard lives. Fails with [`Error::MissingManifest`] if it is
     /// not in the store (any more).
     pub fn hold(&self, tree: &TreeDigest) -> Result<Hold, Error> {
         Hold::take_stored(&self.inner, tree)
-    }
-
-    /// Where images of trees are: folders `<tree hex>[-variant].tree` and files `<tree hex>[-variant].erofs`, made
-    /// under another name ([`Store::scratch`]) and renamed when whole. A collection removes those of trees that
-    /// nothing holds, before their blobs.
-    pub fn images_dir(&self) -> PathBuf {
-        self.inner.path(layout::IMAGES)
     }
 
     /// An empty folder on the store's file system, removed with all its content when dropped, and at the next start.

@@ -49,9 +49,7 @@ impl Build {
     /// ([`Error::MissingBlob`], [`Error::WrongLength`]). An equal tree keeps the revision that the ref has; only its
     /// generation, request, source and limit are brought up to date.
     pub fn publish(self, tree: &Tree, target: Publish) -> Result<Revision, Error> {
-        if self.failed.load(Ordering::Relaxed) {
-            return Err(Error::BuildFailed);
-        }
+        self.check()?;
         let store = self.store.clone();
         let manifest = self.path.clone() + "/manifest";
         let (leased, staged) = rayon::join(
@@ -118,6 +116,14 @@ impl Build {
         }
     }
 
+    /// Fails if a write failed before.
+    pub(super) fn check(&self) -> Result<(), Error> {
+        match self.failed.load(Ordering::Relaxed) {
+            true => Err(Error::BuildFailed),
+            false => Ok(()),
+        }
+    }
+
     /// Makes sure that every content is there, and stays.
     fn lease_contents(&self, tree: &Tree) -> Result<(), Error> {
         let kept = lock(&self.kept);
@@ -159,7 +165,7 @@ impl Build {
         Ok(digest)
     }
 
-    fn has_staged(&self) -> bool {
+    pub(super) fn has_staged(&self) -> bool {
         let staged = |table: &std::sync::Mutex<std::collections::HashMap<_, super::leases::Leased>>| {
             lock(table).values().any(|leased| leased.staged != 0)
         };
@@ -167,13 +173,13 @@ impl Build {
     }
 
     /// Makes everything on the file system durable, or reports what could not be written since the build began.
-    fn sync(&self, step: Step) -> Result<(), Error> {
+    pub(super) fn sync(&self, step: Step) -> Result<(), Error> {
         // What a failed sync lost is not known, so the build is lost. The kernel tells it once per descriptor.
         disk::syncfs(step, &self.dir).map_err(|e| self.store.write_error(&self.path, 0, e))
     }
 
     /// Gives the staged blobs their names. Returns how many bytes that added.
-    fn name_blobs(&self) -> Result<u64, Error> {
+    pub(super) fn name_blobs(&self) -> Result<u64, Error> {
         let store = &self.store;
         let mut added = 0;
         for (byte, table) in self.leases.tables.iter().enumerate() {

@@ -15,11 +15,11 @@ use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::disk::{self, Reader, Step};
+use super::disk::{self, Step};
 use super::error::is_full;
 use super::files::{self, lock};
-use super::layout::{Inner, REFS, SPARE};
-use super::{Error, Problem, Store, TreeDigest, remove, time};
+use super::layout::{Folder, Inner, REFS, SPARE};
+use super::{Error, Problem, Reader, Store, TreeDigest, remove, time};
 
 /// The version of a ref's file.
 const VERSION: u32 = 1;
@@ -204,17 +204,19 @@ impl Ref {
     }
 }
 
-impl Store {
+impl Reader {
     /// Every ref, by name. Fails only if a folder of refs cannot be listed.
     pub fn refs(&self) -> Result<Refs, Error> {
-        self.inner.refs()
+        self.folder.refs()
     }
 
     /// One ref; `None` if there is none. Fails with [`Error::BadRef`] if it cannot be read.
     pub fn get_ref(&self, name: &RefName) -> Result<Option<Ref>, Error> {
-        self.inner.read_ref(name)
+        self.folder.read_ref(name)
     }
+}
 
+impl Store {
     /// The ref's owner is gone: its current revision becomes history, and the ref's limit is applied. A ref without
     /// history goes. `false` if there is no such ref, or it belongs to somebody else by now.
     pub fn retire(&self, name: &RefName, owner: &str, now: SystemTime) -> Result<bool, Error> {
@@ -243,15 +245,7 @@ impl Store {
     }
 }
 
-impl Inner {
-    pub fn lock_ref(&self, name: &RefName) -> MutexGuard<'_, ()> {
-        use std::hash::{DefaultHasher, Hash, Hasher};
-        let mut hasher = DefaultHasher::new();
-        name.hash(&mut hasher);
-        let locks: &[Mutex<()>] = &self.ref_locks;
-        lock(&locks[(hasher.finish() % locks.len() as u64) as usize])
-    }
-
+impl Folder {
     pub fn read_ref(&self, name: &RefName) -> Result<Option<Ref>, Error> {
         let bad = |message: String| Error::BadRef {
             name: name.to_string(),
@@ -262,7 +256,7 @@ impl Inner {
             other => other.map_err(|e| bad(io::Error::from(e).to_string()))?,
         };
         let mut text = Vec::new();
-        let mut limited = io::Read::take(Reader::new(Step::RefRead, &file), MAX_REF + 1);
+        let mut limited = io::Read::take(disk::Reader::new(Step::RefRead, &file), MAX_REF + 1);
         io::Read::read_to_end(&mut limited, &mut text).map_err(|e| bad(e.to_string()))?;
         if text.len() as u64 > MAX_REF {
             return Err(bad(format!("it is larger than {MAX_REF} bytes")));
@@ -313,6 +307,16 @@ impl Inner {
         found.refs.sort_by(|a, b| a.name.cmp(&b.name));
         found.unreadable.sort_by(|a, b| a.path.cmp(&b.path));
         Ok(found)
+    }
+}
+
+impl Inner {
+    pub fn lock_ref(&self, name: &RefName) -> MutexGuard<'_, ()> {
+        use std::hash::{DefaultHasher, Hash, Hasher};
+        let mut hasher = DefaultHasher::new();
+        name.hash(&mut hasher);
+        let locks: &[Mutex<()>] = &self.ref_locks;
+        lock(&locks[(hasher.finish() % locks.len() as u64) as usize])
     }
 
     /// Writes a ref's new content to a name in staging; [`Inner::name_ref`] puts it in place. The caller syncs

@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::layout::Count;
-use super::{Error, Store, files, gc, images};
+use super::{Error, Reader, Store, files, gc, images};
 
 /// Counts, and bytes as the lengths of the files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
@@ -19,6 +19,32 @@ pub struct Usage {
     pub free: u64,
 }
 
+impl Reader {
+    /// Counts what the store holds. Looks at every blob.
+    pub fn usage(&self) -> Result<Usage, Error> {
+        let mut count = Count::default();
+        for byte in 0..=255 {
+            count.add(self.folder.count_shard(byte)?);
+        }
+        self.count(count)
+    }
+
+    fn count(&self, objects: Count) -> Result<Usage, Error> {
+        let store = &self.folder;
+        let manifests = gc::stored_manifests(store)?;
+        let images = images::list(store)?;
+        Ok(Usage {
+            blobs: objects.blobs,
+            blob_bytes: objects.bytes,
+            manifests: manifests.len() as u64,
+            manifest_bytes: manifests.iter().map(|(_, size)| size).sum(),
+            images: images.len() as u64,
+            image_bytes: images.iter().map(|image| image.size).sum(),
+            free: files::available(&store.dir).map_err(|e| Error::io("ask for the free space of", &store.root, e))?,
+        })
+    }
+}
+
 impl Store {
     /// How many blobs there are, and their bytes. The first call looks at every blob; later ones know.
     pub fn blobs(&self) -> Result<(u64, u64), Error> {
@@ -26,20 +52,8 @@ impl Store {
         Ok((blobs, bytes))
     }
 
-    /// Counts what the store holds: [`Store::blobs`], and every manifest and image.
+    /// As [`Reader::usage`], with what [`Store::blobs`] knows.
     pub fn usage(&self) -> Result<Usage, Error> {
-        let store = &self.inner;
-        let Count { blobs, bytes } = store.objects()?;
-        let manifests = gc::stored_manifests(store)?;
-        let images = images::list(store)?;
-        Ok(Usage {
-            blobs,
-            blob_bytes: bytes,
-            manifests: manifests.len() as u64,
-            manifest_bytes: manifests.iter().map(|(_, size)| size).sum(),
-            images: images.len() as u64,
-            image_bytes: images.iter().map(|image| image.size).sum(),
-            free: files::available(&store.dir).map_err(|e| Error::io("ask for the free space of", &store.root, e))?,
-        })
+        self.count(self.inner.objects()?)
     }
 }

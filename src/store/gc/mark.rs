@@ -7,7 +7,7 @@ use rustix::io::Errno;
 
 use super::Holders;
 use crate::store::files::{self, lock};
-use crate::store::layout::{Inner, MANIFESTS, manifest_path, shard_path};
+use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path, shard_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
 
@@ -156,7 +156,7 @@ fn orphans(store: &Inner, named: &BTreeMap<TreeDigest, Named>) -> Result<Vec<(Tr
 }
 
 /// Every manifest in the store, and its size.
-pub(in crate::store) fn stored_manifests(store: &Inner) -> Result<Vec<(TreeDigest, u64)>, Error> {
+pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<(TreeDigest, u64)>, Error> {
     let error = |e: Errno| Error::io("list", store.path(MANIFESTS), e);
     let dir = files::open_dir(&store.dir, MANIFESTS).map_err(error)?;
     let mut found = Vec::new();

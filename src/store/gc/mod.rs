@@ -148,10 +148,10 @@ impl Store {
 }
 
 /// From its beginning to its drop nothing that is leased or held is forgotten.
-struct Mark<'a>(&'a Inner);
+pub(super) struct Mark<'a>(&'a Inner);
 
 impl<'a> Mark<'a> {
-    fn begin(store: &'a Inner) -> Self {
+    pub(super) fn begin(store: &'a Inner) -> Self {
         store.leases.begin_mark();
         Mark(store)
     }

@@ -10,6 +10,7 @@
 
 mod build;
 mod check;
+mod diff;
 mod read;
 #[cfg(test)]
 mod tests;
@@ -18,6 +19,7 @@ mod write;
 
 pub(crate) use build::reorder;
 pub use check::{InvalidTree, MAX_NAME, MAX_SYMLINK, MAX_XATTR_NAME, MAX_XATTR_VALUE};
+pub use diff::{Change, Difference, What, diff};
 pub use read::{Digests, FormatError, Reader, Record};
 pub use walk::{Stats, Walk};
 pub use write::{EncodeError, MAGIC, VERSION};

@@ -1,0 +1,131 @@
+//! Removing single contents that nothing needs.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rustix::io::Errno;
+
+use super::disk::{self, Step};
+use super::files::lock;
+use super::gc::{Mark, stored_manifests};
+use super::layout::{Inner, object_path};
+use super::{Digest, Error, Holders, Problem, Store, TreeDigest, manifests};
+
+/// What became of a content that was to be removed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Removed {
+    /// It is gone; it had so many bytes.
+    Gone(u64),
+    /// It was not in the store.
+    Missing,
+    /// It stays.
+    Needed(Needed),
+}
+
+/// Who needs a content.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Needed {
+    /// Stored trees that name it, each with the refs, histories, layers and mounts that name the tree.
+    pub trees: BTreeMap<TreeDigest, Vec<String>>,
+    /// Does a running build, or one that ended while this was decided?
+    pub by_build: bool,
+}
+
+impl Store {
+    /// Removes contents that no stored tree and no running build names, whatever their age, durably.
+    ///
+    /// Nothing is removed if a manifest, a ref or a holder cannot be read, since it may need any of them: the outer
+    /// `Err` of the result. Waits for a collection that runs.
+    pub fn remove_blobs(
+        &self,
+        digests: &BTreeSet<Digest>,
+        holders: &dyn Holders,
+    ) -> Result<Result<BTreeMap<Digest, Removed>, Vec<Problem>>, Error> {
+        let store = &self.inner;
+        let _one_at_a_time = lock(&store.collecting);
+        // What is leased or published from here on is found by its lease below, as in a sweep.
+        let _mark = Mark::begin(store);
+        let mut problems = Vec::new();
+        let by = self.namers(holders, &mut problems)?;
+        let mut needed: BTreeMap<Digest, Needed> = BTreeMap::new();
+        for (tree, _) in stored_manifests(store)? {
+            match manifests::contents(store, &tree) {
+                Ok(contents) => {
+                    for (digest, _) in contents.iter().filter(|(digest, _)| digests.contains(digest)) {
+                        let names = by.get(&tree).cloned().unwrap_or_default();
+                        needed.entry(*digest).or_default().trees.insert(tree, names);
+                    }
+                }
+                Err(Error::MissingManifest { .. }) => {}
+                Err(error) => problems.push(Problem {
+                    path: store.path(super::layout::manifest_path(&tree)).display().to_string(),
+                    message: error.to_string(),
+                }),
+            }
+        }
+        if !problems.is_empty() {
+            return Ok(Err(problems));
+        }
+        // As in a sweep: no manifest that was dropped before may come back after a crash and miss them.
+        disk::syncfs(Step::SweepSync, &store.dir).map_err(|e| Error::io("sync", &store.root, e))?;
+        let mut done = BTreeMap::new();
+        for digest in digests {
+            let removed = match needed.remove(digest) {
+                Some(needed) => Removed::Needed(needed),
+                None => self.remove_unleased(digest)?,
+            };
+            done.insert(*digest, removed);
+        }
+        Ok(Ok(done))
+    }
+
+    /// Who names each tree, in words.
+    fn namers(
+        &self,
+        holders: &dyn Holders,
+        problems: &mut Vec<Problem>,
+    ) -> Result<BTreeMap<TreeDigest, Vec<String>>, Error> {
+        let refs = self.refs()?;
+        let held = holders.held()?;
+        problems.extend(refs.unreadable);
+        problems.extend(held.unreadable);
+        let mut by: BTreeMap<TreeDigest, Vec<String>> = BTreeMap::new();
+        for entry in &refs.refs {
+            if let Some(current) = &entry.current {
+                by.entry(current.digest).or_default().push(entry.name.to_string());
+            }
+            for old in &entry.history {
+                let name = format!("the history of {}", entry.name);
+                by.entry(old.revision.digest).or_default().push(name);
+            }
+        }
+        for tree in held.trees {
+            by.entry(tree).or_default().push("a layer or mount".to_owned());
+        }
+        Ok(by)
+    }
+
+    fn remove_unleased(&self, digest: &Digest) -> Result<Removed, Error> {
+        let store = &self.inner;
+        let mut shard = lock(store.shard(digest));
+        let builds = store.leases.builds();
+        if builds
+            .iter()
+            .any(|build| lock(build.table(digest)).contains_key(digest))
+        {
+            return Ok(Removed::Needed(Needed {
+                by_build: true,
+                ..Needed::default()
+            }));
+        }
+        let Some(blob) = self.blob(digest)? else {
+            return Ok(Removed::Missing);
+        };
+        let path = object_path(digest);
+        match disk::unlink(Step::BlobRemove, &store.dir, path.as_str()) {
+            Ok(()) => Inner::count_removed(&mut shard, blob.size),
+            Err(Errno::NOENT) => return Ok(Removed::Missing),
+            Err(error) => return Err(Error::io("remove", store.path(&path), error)),
+        }
+        Ok(Removed::Gone(blob.size))
+    }
+}
