@@ -20,6 +20,8 @@ pub fn run(command: &mut Command, sync: &Path) -> Taken {
     let log = sync.join("stderr");
     command.stderr(std::fs::File::create(&log).expect("a log"));
     let start = Instant::now();
+    // Waited for below, by a call that also tells the memory.
+    #[allow(clippy::zombie_processes)]
     let child = command
         .spawn()
         .unwrap_or_else(|e| panic!("cannot start {command:?}: {e}"));

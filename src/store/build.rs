@@ -6,8 +6,11 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
 
 use rayon::prelude::*;
 use rustix::fs::OFlags;
@@ -23,7 +26,10 @@ use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
 const SMALL: usize = 1 << 20;
-const CHUNK: usize = 1 << 18;
+/// What is read of a larger one at a time …
+const CHUNK: usize = 1 << 20;
+/// … and how many such pieces there are, so that reading, writing and hashing do not wait for one another.
+const CHUNKS: usize = 3;
 /// Zero blocks of this size are not written where the source has holes …
 const FINE: usize = 4096;
 /// … and of this size where nothing is known of the source.
@@ -210,32 +216,33 @@ impl Build {
     fn put_stream(&self, from: &mut dyn Read, hole: usize) -> Result<Blob, Error> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let file = self.guard(|| self.create(number))?;
-        let mut hash = Sha256::new();
-        let mut buffer = vec![0; CHUNK];
         let mut size = 0u64;
-        loop {
-            let filled = match fill(from, &mut buffer) {
-                Ok(filled) => filled,
-                Err(error) => {
-                    // The reader's fault, not the store's: the other contents of the build are good.
-                    self.discard(number)?;
-                    return Err(Error::Source(error));
+        // Hashing takes about as long as copying, so it is done beside it.
+        let digest = hash_beside(|mut buffer, hash| {
+            loop {
+                let filled = match fill(from, &mut buffer) {
+                    Ok(filled) => filled,
+                    Err(error) => {
+                        // The reader's fault, not the store's: the other contents of the build are good.
+                        self.discard(number)?;
+                        return Err(Error::Source(error));
+                    }
+                };
+                if filled == 0 {
+                    return Ok(());
                 }
-            };
-            let bytes = &buffer[..filled];
-            if bytes.is_empty() {
-                break;
+                buffer.truncate(filled);
+                self.guard(|| {
+                    self.store.reserve(filled as u64)?;
+                    let written = files::write_at(Step::BlobWrite, file.as_fd(), &buffer, size, hole);
+                    written.map_err(|e| self.store.write_error(&self.path, filled as u64, e))
+                })?;
+                disk::begin_writing(&file, size, filled as u64);
+                size += filled as u64;
+                buffer = hash.update(buffer);
             }
-            hash.update(bytes);
-            self.guard(|| {
-                self.store.reserve(bytes.len() as u64)?;
-                let written = files::write_at(Step::BlobWrite, file.as_fd(), bytes, size, hole);
-                written.map_err(|e| self.store.write_error(&self.path, bytes.len() as u64, e))
-            })?;
-            size += filled as u64;
-        }
+        })?;
         self.guard(|| self.set_length(&file, size))?;
-        let digest = Digest::from_bytes(hash.finalize().into());
         self.adopt(digest, size, number)
     }
 
@@ -255,23 +262,24 @@ impl Build {
             }
         }
         // What is stored is hashed, not the source, which may have changed since.
-        let mut hash = Sha256::new();
-        let mut buffer = vec![0; CHUNK];
         let mut size = 0u64;
         let mut stored = Reader::new(Step::StagedRead, &file);
-        loop {
-            let filled = match fill(&mut stored, &mut buffer) {
-                Ok(0) => break,
-                Ok(filled) => filled,
-                Err(error) => {
-                    self.discard(number)?;
-                    return Err(Error::Source(error));
+        let digest = hash_beside(|mut buffer, hash| {
+            loop {
+                match fill(&mut stored, &mut buffer) {
+                    Ok(0) => return Ok(()),
+                    Ok(filled) => {
+                        buffer.truncate(filled);
+                        size += filled as u64;
+                        buffer = hash.update(buffer);
+                    }
+                    Err(error) => {
+                        self.discard(number)?;
+                        return Err(Error::Source(error));
+                    }
                 }
-            };
-            hash.update(&buffer[..filled]);
-            size += filled as u64;
-        }
-        let digest = Digest::from_bytes(hash.finalize().into());
+            }
+        })?;
         self.adopt(digest, size, number).map(Some)
     }
 
@@ -353,6 +361,48 @@ impl Drop for Build {
         // Should it fail, the next start empties staging.
         let _ = remove::remove_tree(&self.store.dir, self.path.as_str());
     }
+}
+
+/// Where [`hash_beside`] takes bytes.
+struct Beside {
+    full: SyncSender<Vec<u8>>,
+    empty: Receiver<Vec<u8>>,
+}
+
+impl Beside {
+    /// Hashes the bytes. Gives another buffer of [`CHUNK`] bytes.
+    fn update(&self, bytes: Vec<u8>) -> Vec<u8> {
+        // Only a panic of the other thread, which is passed on, ends the channels.
+        let sent = self.full.send(bytes);
+        let mut buffer = sent.ok().and_then(|()| self.empty.recv().ok()).unwrap_or_default();
+        buffer.resize(CHUNK, 0);
+        buffer
+    }
+}
+
+/// Runs `work` with a first buffer of [`CHUNK`] bytes, and hashes on another thread what it gives.
+fn hash_beside(work: impl FnOnce(Vec<u8>, &Beside) -> Result<(), Error>) -> Result<Digest, Error> {
+    let (full, to_hash) = sync_channel::<Vec<u8>>(CHUNKS);
+    let (hashed, empty) = sync_channel(CHUNKS);
+    for _ in 1..CHUNKS {
+        // There is room for them.
+        let _ = hashed.send(Vec::new());
+    }
+    thread::scope(|scope| {
+        let hasher = scope.spawn(move || {
+            let mut hash = Sha256::new();
+            for bytes in to_hash {
+                hash.update(&bytes);
+                // Nobody waits for it after the last one.
+                let _ = hashed.send(bytes);
+            }
+            Digest::from_bytes(hash.finalize().into())
+        });
+        let worked = work(vec![0; CHUNK], &Beside { full, empty });
+        // `work` has dropped its end, so the thread comes to its end too.
+        let digest = hasher.join().unwrap_or_else(|panic| resume_unwind(panic));
+        worked.map(|()| digest)
+    })
 }
 
 /// Reads until the buffer is full or the reader ends.

@@ -47,7 +47,6 @@ pub use export::ExportWatch;
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 pub use leases::Hold;
 pub use publish::Publish;
-pub use put::BuildProgress;
 pub use reader::{BlobInfo, Reader};
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
 pub use remove::remove_all;
