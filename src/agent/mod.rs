@@ -20,10 +20,11 @@ use std::time::Duration;
 
 use kube::Client;
 use kube::runtime::watcher;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tracing::{info, warn};
 
 use crate::api::{NodeStore, WritableLayer};
+use crate::cli::control::Control;
 use crate::cluster::{Followed, ObjectKey, follow, heartbeat};
 use crate::layer::{self, LayerRecord, Layers};
 use crate::source::{self, Roots, SourceRoot};
@@ -73,6 +74,10 @@ struct Disk {
     refs: BTreeMap<ObjectKey, Ref>,
     problem: Option<String>,
     records: Vec<LayerRecord>,
+    /// Runs the writing commands of `larder store` until it is dropped.
+    control: Control,
+    /// Told after each of them.
+    commands: Arc<Notify>,
 }
 
 /// Keeps the node's store and layers as the API server says, until `stop` is true. Mounts stay when it ends.
@@ -109,6 +114,7 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         mounted: mounted_sender,
         orphan_grace: options.orphan_grace,
     });
+    let _control = disk.control;
     let node = node::Node::new(node::Start {
         client: client.clone(),
         health: health.clone(),
@@ -118,6 +124,7 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         refs: disk.refs,
         problem: disk.problem,
         memory: disk.memory,
+        commands: disk.commands,
         mounted,
         placed: placed_sender,
         owner: owner_sender,
@@ -178,6 +185,10 @@ fn open(options: &Options) -> Result<Disk, Error> {
             .first()
             .map(|problem| format!("{}: {}", problem.path, problem.message))
     });
+    // Last, when nothing can fail any more: from here on others have the agent work.
+    let commands = Arc::new(Notify::new());
+    let told = commands.clone();
+    let control = Control::open(builder.layers.clone(), move || told.notify_one())?;
     Ok(Disk {
         // Either file only saves work: without it the API server is asked, and retention waits for its next time.
         spec: or_none(saved::load(&options.root.join(saved::SPEC))),
@@ -186,6 +197,8 @@ fn open(options: &Options) -> Result<Disk, Error> {
         refs,
         problem,
         records,
+        control,
+        commands,
     })
 }
 

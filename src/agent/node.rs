@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Client;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, error, info, warn};
 
@@ -48,6 +48,8 @@ pub struct Start {
     pub refs: BTreeMap<ObjectKey, Ref>,
     pub problem: Option<String>,
     pub memory: Memory,
+    /// Told when somebody else has changed the store through this process.
+    pub commands: Arc<Notify>,
     pub mounted: watch::Receiver<MountedLayers>,
     pub placed: watch::Sender<Placed>,
     pub owner: watch::Sender<Option<OwnerReference>>,
@@ -96,6 +98,9 @@ pub struct Node {
     unsaved: Unsaved,
     saving: bool,
     usage: Option<StoreUsage>,
+    commands: Arc<Notify>,
+    /// Builds that ended and retirements, so far: refs that were read before one of them are out of date.
+    ref_changes: u64,
 
     observed: Option<Observed>,
     writing: bool,
@@ -128,6 +133,8 @@ impl Node {
             unsaved: Unsaved::default(),
             saving: false,
             usage: None,
+            commands: start.commands,
+            ref_changes: 0,
             observed: None,
             writing: false,
             write_backoff: Backoff::default(),
@@ -140,6 +147,7 @@ impl Node {
     /// Runs until the watch ends or `stop` is true; then ends the builds.
     pub async fn run(mut self, mut changes: mpsc::Receiver<Followed<NodeStore>>, mut stop: watch::Receiver<bool>) {
         self.count();
+        let commands = self.commands.clone();
         loop {
             let wake = self.work();
             self.health.beat();
@@ -156,6 +164,7 @@ impl Node {
                     }
                 },
                 Ok(()) = self.mounted.changed() => self.retry_snapshots(),
+                () = commands.notified() => self.reread(),
                 _ = stop.wait_for(|stop| *stop) => break,
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
@@ -379,6 +388,12 @@ impl Node {
             .spawn_blocking(move || Done::Counted(work::count(&builder, had_problem)));
     }
 
+    /// Reads all refs again: a command of `larder store` may have changed them.
+    fn reread(&mut self) {
+        let (builder, change) = (self.builder.clone(), self.ref_changes);
+        self.tasks.spawn_blocking(move || work::reread(&builder, change));
+    }
+
     fn counted(&mut self, counted: Counted) {
         self.problem = counted.problem;
         if let Some(usage) = counted.usage {
@@ -476,6 +491,7 @@ impl Node {
             Done::Built(built) => self.built(*built, now),
             Done::Retired { key, stored } => {
                 self.retiring.remove(&key);
+                self.ref_changes += 1;
                 match stored {
                     Ok(Some(stored)) => drop(self.refs.insert(key, *stored)),
                     Ok(None) => drop(self.refs.remove(&key)),
@@ -494,6 +510,14 @@ impl Node {
                 }
             }
             Done::Counted(counted) => self.counted(counted),
+            Done::Reread { change, .. } if change != self.ref_changes => self.reread(),
+            Done::Reread { refs, counted, .. } => {
+                self.counted(counted);
+                match refs {
+                    Ok(refs) => self.refs = refs,
+                    Err(error) => warn!(%error, "cannot read the refs after a command; what was known stays"),
+                }
+            }
             Done::Written(result) => {
                 self.writing = false;
                 match result {
@@ -526,6 +550,7 @@ impl Node {
             counted,
         } = built;
         self.counted(counted);
+        self.ref_changes += 1;
         self.jobs.remove(&goal.uid);
         if let Some(stored) = stored {
             self.refs.insert(key.clone(), stored);

@@ -112,13 +112,15 @@ pub fn step(manifest: &ProjectedManifest, known: Known, interval: Option<Duratio
     }
 }
 
-/// The refs whose owner is not among the node's manifests any more: their trees become history.
+/// The refs whose owner is not among the node's manifests any more: their trees become history. What an admin named by
+/// `larder store` is nobody's but the admin's.
 pub fn retired<'a>(
     refs: &'a BTreeMap<ObjectKey, Ref>,
     manifests: &[ProjectedManifest],
 ) -> Vec<(&'a ObjectKey, &'a Ref)> {
     let owners: HashSet<&str> = manifests.iter().map(|manifest| manifest.uid.as_str()).collect();
     refs.iter()
+        .filter(|(_, entry)| entry.owner != crate::cli::OWNER)
         .filter(|(_, entry)| entry.current.is_some() && !owners.contains(entry.owner.as_str()))
         .collect()
 }
@@ -369,6 +371,7 @@ mod tests {
         let refs: BTreeMap<_, _> = [
             (ObjectKey::new("ns", "m"), stored("u1", 1)),
             (ObjectKey::new("ns", "gone"), stored("u9", 1)),
+            (ObjectKey::new("local", "an-admins"), stored(crate::cli::OWNER, 0)),
             (
                 ObjectKey::new("ns", "already"),
                 Ref {

@@ -21,6 +21,12 @@ pub enum Done {
     Collected(Box<Collected>),
     Saved(Result<(), saved::FileError>),
     Counted(Counted),
+    /// All refs, as they were after so many changes of the loop's own.
+    Reread {
+        change: u64,
+        refs: Result<BTreeMap<ObjectKey, Ref>, String>,
+        counted: Counted,
+    },
     Written(Result<Box<Parsed<NodeStore>>, WriteError>),
 }
 
@@ -115,6 +121,16 @@ pub fn read_refs(builder: &Builder) -> Result<(BTreeMap<ObjectKey, Ref>, Option<
         .into_iter()
         .map(|entry| (ObjectKey::new(entry.name.namespace(), entry.name.name()), entry));
     Ok((refs.collect(), problem))
+}
+
+/// Reads all refs and counts, after somebody else's command.
+pub fn reread(builder: &Builder, change: u64) -> Done {
+    let refs = read_refs(builder).map(|(refs, _)| refs).map_err(|e| e.to_string());
+    Done::Reread {
+        change,
+        refs,
+        counted: count(builder, true),
+    }
 }
 
 /// Counts what the store holds.

@@ -74,6 +74,7 @@ impl BuildTree {
             Some(path) => json!({"directory": {"path": path, "exclude": self.exclude}}),
             None => serde_json::Value::Null,
         };
+        let now = SystemTime::now();
         let target = Publish {
             name: name.clone(),
             owner: OWNER.to_owned(),
@@ -81,13 +82,16 @@ impl BuildTree {
             request: None,
             source,
             history_limit: self.history_limit,
-            now: SystemTime::now(),
+            now,
         };
         let built = {
             let _bar = Bar::over(options.progress.clone(), io.progress("reading, entries", 0));
             source::build_directory(&site.store, &folder, &options, target, &io.cancel())?
         };
         let took = started.elapsed();
+        // The ref keeps the revision of an equal tree, which says what its first build added.
+        let unchanged = built.built_at != now;
+        let added = if unchanged { 0 } else { built.added };
         if io.is_json() {
             io.json(&json!({
                 "name": name.to_string(),
@@ -96,7 +100,8 @@ impl BuildTree {
                 "entries": built.entries,
                 "size": built.size,
                 "unique": built.unique,
-                "added": built.added,
+                "added": added,
+                "unchanged": unchanged,
                 "milliseconds": took.as_millis() as u64,
             }))?;
             return Ok(Exit::Done);
@@ -107,7 +112,7 @@ impl BuildTree {
             counted(built.files, "file", "files"),
             human_size(built.size),
             human_size(built.unique),
-            human_size(built.added),
+            human_size(added),
             took.as_secs_f64()
         ))?;
         Ok(Exit::Done)

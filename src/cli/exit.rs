@@ -139,7 +139,7 @@ impl From<store::Error> for Failure {
             | Error::BadRef { .. } => (Exit::Damaged, None),
             Error::ExportBlob { source, .. } => match &**source {
                 // The tree is here and lacks a content: that is damage.
-                Error::MissingBlob { .. } | Error::WrongLength { .. } => {
+                Error::MissingBlob { .. } | Error::WrongLength { .. } | Error::WrongBlob { .. } => {
                     (Exit::Damaged, Some("build the tree again to heal it"))
                 }
                 _ => (Exit::Failed, None),

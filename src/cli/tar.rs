@@ -71,7 +71,10 @@ pub fn write(store: &Reader, tree: &Tree, out: &mut dyn Write) -> io::Result<Res
             }
         };
         if let Err(error) = write_leaf(store, &name, leaf, out)? {
-            return Ok(Err(error));
+            return Ok(Err(Error::ExportBlob {
+                path: path.to_vec(),
+                source: Box::new(error),
+            }));
         }
     }
     out.write_all(&[0; 2 * BLOCK])?;
@@ -291,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_record_counts_its_own_length() {
-        assert_eq!(record(b"path", b"a"), b"10 path=a\n");
+        assert_eq!(record(b"path", b"a"), b"9 path=a\n");
         assert_eq!(record(b"path", b""), b"8 path=\n");
         // One digit more makes it one longer.
         assert_eq!(record(b"k", &[b'x'; 93]).len(), 99);

@@ -54,11 +54,20 @@ pub fn ask(root: &Path, command: Write, files: Vec<OwnedFd>, io: &mut Io, locked
     let standard = standard_files()
         .map_err(|e| Failure::new(Exit::Failed, format!("cannot open stdin, stdout and stderr: {e}")))?;
     let all: Vec<BorrowedFd<'_>> = standard.iter().chain(&files).map(AsFd::as_fd).collect();
-    send(&socket, &bytes, &all).map_err(|e| broken("write to", e))?;
+    match send(&socket, &bytes, &all) {
+        // It has refused without reading, and its answer is there.
+        Ok(()) | Err(Errno::PIPE) => {}
+        Err(error) => return Err(broken("write to", error)),
+    }
     // Their ends are the holder's now: a pipe that it closes is closed.
     drop((standard, files));
     wait(&socket, io).map_err(|e| broken("read from", e))?;
-    let (bytes, _) = receive(&socket).map_err(|e| broken("read from", e))?;
+    let answer = match receive(&socket) {
+        // Told once, before the answer of one that refused without reading.
+        Err(Errno::CONNRESET) => receive(&socket),
+        other => other,
+    };
+    let (bytes, _) = answer.map_err(|e| broken("read from", e))?;
     match serde_json::from_slice(&bytes) {
         Ok(Answer::Exit(code)) => Ok(Exit::of(code)),
         Ok(Answer::Refused(why)) => Err(Failure::new(Exit::InUse, format!("{}: {why}", locked.message))),

@@ -26,7 +26,7 @@ use crate::store::Error;
 /// Commands at once. Each has a thread and some open files.
 const MAX_CLIENTS: usize = 16;
 /// How long a client may take to say what it wants.
-const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 
 /// The open socket of a store. When it is dropped, nobody is accepted any more and running commands are cancelled.
 pub struct Control {
@@ -138,13 +138,20 @@ fn accept(listener: &OwnedFd, shared: &Arc<Shared>) {
         };
         if shared.clients.fetch_add(1, Ordering::Relaxed) >= MAX_CLIENTS {
             shared.clients.fetch_sub(1, Ordering::Relaxed);
-            refuse(&client, "it runs as many commands as it can; try again later");
+            answer(
+                &client,
+                &Answer::Refused("it runs as many commands as it can; try again later".to_owned()),
+            );
             continue;
         }
         let shared = shared.clone();
         std::thread::spawn(move || {
-            let _one_less = OneLess(&shared.clients);
-            serve(&client, &shared);
+            let said = {
+                let _one_less = OneLess(&shared.clients);
+                serve(&client, &shared)
+            };
+            // Whoever has the answer finds the place free.
+            answer(&client, &said.unwrap_or_else(Answer::Refused));
         });
     }
 }
@@ -157,46 +164,31 @@ impl Drop for OneLess<'_> {
     }
 }
 
-/// Reads one command, runs it and answers.
-fn serve(client: &OwnedFd, shared: &Shared) {
+/// Reads one command and runs it. Fails with why it was not run.
+fn serve(client: &OwnedFd, shared: &Shared) -> Result<Answer, String> {
     match sockopt::socket_peercred(client) {
         Ok(peer) if peer.uid.is_root() => {}
         Ok(peer) => {
             warn!(uid = peer.uid.as_raw(), "refused a command of a user who is not root");
-            return refuse(client, "it takes commands of root only");
+            return Err("it takes commands of root only".to_owned());
         }
-        Err(error) => return refuse(client, &format!("it cannot tell who asks: {error}")),
+        Err(error) => return Err(format!("it cannot tell who asks: {error}")),
     }
     let mut ready = [PollFd::new(client, PollFlags::IN)];
-    let patience = Timespec {
-        tv_sec: PATIENCE.as_secs() as i64,
-        tv_nsec: 0,
-    };
-    if !matches!(poll(&mut ready, Some(&patience)), Ok(1..)) {
-        return refuse(client, "no command came");
+    if !matches!(poll(&mut ready, Some(&PATIENCE)), Ok(1..)) {
+        return Err("no command came".to_owned());
     }
-    let (bytes, files) = match receive(client) {
-        Ok(received) => received,
-        Err(Errno::MSGSIZE) => return refuse(client, "the command is too long"),
-        Err(error) => return refuse(client, &format!("it cannot read the command: {error}")),
-    };
-    let request: Request = match serde_json::from_slice(&bytes) {
-        Ok(request) => request,
-        Err(error) => {
-            let why = format!("it does not know the command ({error}): use a larder of its version");
-            return refuse(client, &why);
-        }
-    };
+    let (bytes, files) = receive(client).map_err(|error| match error {
+        Errno::MSGSIZE => "the command is too long".to_owned(),
+        error => format!("it cannot read the command: {error}"),
+    })?;
+    let request: Request = serde_json::from_slice(&bytes)
+        .map_err(|error| format!("it does not know the command ({error}): use a larder of its version"))?;
     let mut files = files.into_iter().map(File::from);
     let (Some(stdin), Some(stdout), Some(stderr)) = (files.next(), files.next(), files.next()) else {
-        return refuse(client, "the command came without stdin, stdout and stderr");
+        return Err("the command came without stdin, stdout and stderr".to_owned());
     };
-    let cancel = Arc::new(AtomicBool::new(false));
-    {
-        let mut running = shared.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.retain(|cancel| cancel.strong_count() > 0);
-        running.push(Arc::downgrade(&cancel));
-    }
+    let cancel = shared.begin();
     info!(command = ?request.command, "running a command");
     let mut io = Io::new(stdin, stdout, stderr, request.output, cancel.clone());
     let ended = AtomicBool::new(false);
@@ -210,7 +202,18 @@ fn serve(client: &OwnedFd, shared: &Shared) {
     });
     (shared.changed)();
     info!(exit = exit as u8, "the command ended");
-    answer(client, &Answer::Exit(exit as u8));
+    Ok(Answer::Exit(exit as u8))
+}
+
+impl Shared {
+    /// The flag of a command that begins.
+    fn begin(&self) -> Arc<AtomicBool> {
+        let cancel = Arc::new(AtomicBool::new(false));
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.retain(|cancel| cancel.strong_count() > 0);
+        running.push(Arc::downgrade(&cancel));
+        cancel
+    }
 }
 
 struct SetOnDrop<'a>(&'a AtomicBool);
@@ -234,10 +237,6 @@ fn cancel_when_gone(client: &OwnedFd, cancel: &AtomicBool, ended: &AtomicBool) {
             return;
         }
     }
-}
-
-fn refuse(client: &OwnedFd, why: &str) {
-    answer(client, &Answer::Refused(why.to_owned()));
 }
 
 /// Best effort: a client that is gone needs no answer.

@@ -7,4 +7,5 @@ mod exporting;
 mod full_disk;
 mod limits;
 mod refs;
+mod single;
 mod stress;
