@@ -86,6 +86,7 @@ fn print(report: &Report, io: &mut Io) -> Result<(), Failure> {
                 Kind::Image => "image",
                 Kind::Manifest => "manifest",
                 Kind::Blob => "blob",
+                Kind::Quarantined => "quarantined",
             };
             table.row([
                 kind.to_owned(),

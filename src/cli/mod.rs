@@ -17,6 +17,7 @@ mod diff;
 mod dump;
 mod exit;
 mod export;
+mod figures;
 mod interrupt;
 mod io;
 mod list;
@@ -30,6 +31,7 @@ mod tar;
 mod text;
 mod tree_json;
 mod trees;
+mod verify;
 
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -106,6 +108,8 @@ enum Read {
     Diff(diff::Diff),
     Export(export::Export),
     Stats(stats::Stats),
+    Dedup(figures::DedupArgs),
+    Analytics(figures::AnalyticsArgs),
 }
 
 /// The commands that change the store: run under its lock, here or by the agent that has it.
@@ -117,6 +121,7 @@ enum Write {
     Build(build::BuildTree),
     Forget(trees::Forget),
     Gc(collect::Gc),
+    Verify(verify::Verify),
 }
 
 impl Read {
@@ -131,6 +136,8 @@ impl Read {
             Read::Diff(args) => args.run(store, io),
             Read::Export(args) => args.run(store, io),
             Read::Stats(args) => args.run(store, io),
+            Read::Dedup(args) => args.run(store, io),
+            Read::Analytics(args) => args.run(store, io),
         }
     }
 
@@ -150,6 +157,7 @@ impl Write {
         match self {
             Write::Put(args) => args.open(),
             Write::Build(args) => args.open(),
+            Write::Verify(args) => args.open(),
             Write::Rm(_) | Write::Forget(_) | Write::Gc(_) => Ok(Vec::new()),
         }
     }
@@ -162,6 +170,7 @@ impl Write {
             Write::Build(args) => args.run(site, files, io),
             Write::Forget(args) => args.run(site, io),
             Write::Gc(args) => args.run(site, io),
+            Write::Verify(args) => args.run(site, files, io),
         }
     }
 }

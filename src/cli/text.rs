@@ -5,30 +5,23 @@ use std::time::SystemTime;
 use jiff::Timestamp;
 
 pub use crate::api::human_size;
-
-/// Any bytes as text, without a loss and without a second spelling: a backslash is `\\`, a byte that is no part of
-/// UTF-8 is `\xNN`, everything else is itself.
-pub fn lossless(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for chunk in bytes.utf8_chunks() {
-        text.push_str(&chunk.valid().replace('\\', "\\\\"));
-        for byte in chunk.invalid() {
-            text.push_str(&format!("\\x{byte:02x}"));
-        }
-    }
-    text
-}
+pub use crate::store::path_text as lossless;
 
 /// As [`lossless`], with control characters escaped too: what a terminal may be shown.
 pub fn shown(bytes: &[u8]) -> String {
-    let mut text = String::with_capacity(bytes.len());
-    for char in lossless(bytes).chars() {
+    printable(&lossless(bytes))
+}
+
+/// A text with its control characters escaped.
+pub fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
+    for char in text.chars() {
         match char.is_control() {
-            true => text.extend(char.escape_default()),
-            false => text.push(char),
+            true => printable.extend(char.escape_default()),
+            false => printable.push(char),
         }
     }
-    text
+    printable
 }
 
 /// The beginning of a digest, enough to name a tree by.

@@ -161,7 +161,7 @@ impl Failures {
 }
 
 /// A path for people: escaped where it is not plain text, and cut in the middle where it is too long to read.
-fn shown(path: &[u8]) -> String {
+pub(super) fn shown(path: &[u8]) -> String {
     const HALF: usize = 200;
     if path.is_empty() {
         return ".".to_owned();

@@ -1,4 +1,5 @@
-//! Where a tree comes from: a folder of the node ([`build_directory`], [`scan`]), or what was changed in a layer ([`snapshot`]).
+//! Where a tree comes from: a folder of the node ([`build_directory`], [`scan`]), or what was changed in a layer
+//! ([`snapshot`]); and taking what the store has lost from there again ([`repair`]).
 //!
 //! What this module promises:
 //! - a namespace reads only below the roots that name it, and nothing outside the folder that it named: no symlink is
@@ -13,6 +14,7 @@ mod directory;
 mod error;
 mod leaf;
 mod read;
+mod repair;
 mod roots;
 mod snapshot;
 #[cfg(test)]
@@ -22,5 +24,6 @@ mod xattrs;
 
 pub use directory::{ScanOptions, build_directory, scan};
 pub use error::{Error, Failure, FailureKind};
+pub use repair::{Lost, Origin, Repair, repair};
 pub use roots::{Roots, SourceDir, SourceRoot};
 pub use snapshot::snapshot;

@@ -343,7 +343,7 @@ impl Build {
         Ok(())
     }
 
-    fn discard(&self, number: u64) -> Result<(), Error> {
+    pub(super) fn discard(&self, number: u64) -> Result<(), Error> {
         let removed = files::remove_file(Step::BlobDiscard, &self.dir, number.to_string());
         removed.map_err(|e| Error::io("remove a staged file of", self.store.path(&self.path), e))
     }

@@ -88,6 +88,19 @@ fn holder(pid: Option<u32>) -> String {
     }
 }
 
+/// Any path as text, without a loss and without a second spelling: a backslash is `\\`, a byte that is no part of
+/// UTF-8 is `\xNN`, everything else is itself, control characters too.
+pub fn path_text(path: &[u8]) -> String {
+    let mut text = String::with_capacity(path.len());
+    for chunk in path.utf8_chunks() {
+        text.push_str(&chunk.valid().replace('\\', "\\\\"));
+        for byte in chunk.invalid() {
+            text.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    text
+}
+
 fn shown(path: &[u8]) -> String {
     format!("\"{}\"", path.escape_ascii())
 }

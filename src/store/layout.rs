@@ -1,11 +1,12 @@
 //! The store's folder: its layout, its identity, the one-writer lock.
 
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{FlockOperation, OFlags};
@@ -28,6 +29,9 @@ pub(super) const IMAGES: &str = "images";
 pub(super) const REFS: &str = "refs";
 /// See `cache.rs`.
 pub(super) const CACHE: &str = "cache";
+pub(super) const QUARANTINE: &str = "quarantine";
+/// What runs leave for the next one; the agent has a file of its own there.
+pub(super) const RUNS: &str = "runs";
 /// A file that only keeps some blocks: see [`Inner::ensure_spare`].
 pub(super) const SPARE: &str = "spare";
 /// Everything that may be in a store's folder before `larder.json` is, or beside it.
@@ -43,8 +47,8 @@ const KNOWN: &[&str] = &[
     "layers",
     "mnt",
     CACHE,
-    "runs",
-    "quarantine",
+    RUNS,
+    QUARANTINE,
     "node.json",
     "control.sock",
     "lost+found",
@@ -134,8 +138,13 @@ pub(super) struct Inner {
     pub leases: Leases,
     /// A ref is changed under the lock of its name's hash.
     pub ref_locks: Vec<Mutex<()>>,
-    /// Held by the running collection.
+    /// Held by the running collection, and by who reads all manifests as one.
     pub collecting: Mutex<()>,
+    /// Held by the running verification.
+    pub verifying: Mutex<()>,
+    /// How many blobs were quarantined since the store was opened. Held for writing while one is moved, for reading
+    /// while a publish, having seen that none of its blobs was, names its manifest and its ref.
+    moved: RwLock<u64>,
     next: AtomicU64,
     /// The kernel drops the lock with the descriptor, so also when the process dies.
     _lock: File,
@@ -159,6 +168,8 @@ impl Inner {
             leases: Leases::default(),
             ref_locks: (0..64).map(|_| Mutex::default()).collect(),
             collecting: Mutex::default(),
+            verifying: Mutex::default(),
+            moved: RwLock::default(),
             next: AtomicU64::new(1),
             _lock: lock,
         };
@@ -181,6 +192,16 @@ impl Inner {
     /// A name below `staging/` that nobody else uses.
     pub fn staging_name(&self, what: &str) -> String {
         format!("{STAGING}/{what}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// How many blobs were quarantined; while the guard lives, no other is.
+    pub fn not_moving(&self) -> RwLockReadGuard<'_, u64> {
+        self.moved.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// To count a blob that is quarantined.
+    pub fn moved_away(&self) -> RwLockWriteGuard<'_, u64> {
+        RwLock::write(&self.moved).unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn shard(&self, digest: &Digest) -> &Mutex<Shard> {
@@ -254,6 +275,17 @@ pub(super) fn shard_path(byte: u8) -> String {
 pub(super) fn object_path(digest: &Digest) -> String {
     let hex = digest.hex();
     format!("{OBJECTS}/{}/{}", &hex[..2], &hex[2..])
+}
+
+/// The digest of the object with that name in a shard; `None` for a name that is none of the store's.
+pub(super) fn object_digest(byte: u8, name: &CStr) -> Option<Digest> {
+    let name = name.to_bytes();
+    let mut digest = [byte; 32];
+    // `hex` takes upper case too; a second spelling of one name must not exist.
+    if name.iter().any(u8::is_ascii_uppercase) || hex::decode_to_slice(name, &mut digest[1..]).is_err() {
+        return None;
+    }
+    Some(Digest::from_bytes(digest))
 }
 
 pub(super) fn manifest_path(tree: &TreeDigest) -> String {

@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::disk::{self, Step};
 use super::layout::{Folder, manifest_path};
-use super::tree::{Digests, FormatError, Leaf, Reader, Record, Tree};
+use super::tree::{Digests, FormatError, Leaf, LeafKind, Reader, Record, Tree};
 use super::{Digest, Error, TreeDigest};
 
 fn open(store: &Folder, tree: &TreeDigest) -> Result<File, Error> {
@@ -59,6 +59,93 @@ pub(super) fn contents(store: &Folder, tree: &TreeDigest) -> Result<Vec<(Digest,
     found.sort_unstable();
     found.dedup();
     Ok(found)
+}
+
+/// The regular files of a tree.
+pub(super) struct Files {
+    /// How many names they have: a hard-linked file has several.
+    pub names: u64,
+    /// Digest and size of each, in order, repeated where contents are equal; a hard-linked file comes once.
+    pub contents: Vec<(Digest, u64)>,
+}
+
+/// What a manifest says about regular files. Nothing is told of a manifest that is damaged anywhere.
+pub(super) fn files(store: &Folder, tree: &TreeDigest) -> Result<Files, Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    let mut reader = Reader::new(&mut input);
+    let mut found = Files {
+        names: 0,
+        contents: Vec::new(),
+    };
+    let mut is_file: Vec<bool> = Vec::new();
+    while let Some(record) = reader.next_record().map_err(|source| bad(store, tree, source))? {
+        match record {
+            Record::Leaf { leaf, .. } => {
+                if let LeafKind::File { digest, size } = leaf.kind {
+                    found.contents.push((digest, size));
+                    is_file.push(true);
+                    found.names += 1;
+                } else {
+                    is_file.push(false);
+                }
+            }
+            Record::Link { leaf, .. } => found.names += u64::from(is_file[leaf.0 as usize]),
+            Record::Dir { .. } | Record::End => {}
+        }
+    }
+    input.finish(tree)?;
+    Ok(found)
+}
+
+/// Goes through the names of a tree's regular files: digest and size of the content, and the path, in the order of the
+/// manifest, until `visit` says `false`. The manifest's own digest is not checked.
+pub(super) fn paths(
+    store: &Folder,
+    tree: &TreeDigest,
+    visit: &mut dyn FnMut(&Digest, u64, &[u8]) -> bool,
+) -> Result<(), Error> {
+    let mut reader = Reader::new(open(store, tree)?);
+    let mut leaves: Vec<Option<(Digest, u64)>> = Vec::new();
+    let mut path: Vec<u8> = Vec::new();
+    // Lengths of the paths of the folders above.
+    let mut above: Vec<usize> = Vec::new();
+    while let Some(record) = reader.next_record().map_err(|source| bad(store, tree, source))? {
+        let length = path.len();
+        let (name, content) = match record {
+            Record::Dir { name, .. } => {
+                above.push(length);
+                push(&mut path, &name);
+                continue;
+            }
+            Record::End => {
+                path.truncate(above.pop().unwrap_or(0));
+                continue;
+            }
+            Record::Leaf { name, leaf } => {
+                leaves.push(match leaf.kind {
+                    LeafKind::File { digest, size } => Some((digest, size)),
+                    _ => None,
+                });
+                (name, leaves[leaves.len() - 1])
+            }
+            Record::Link { name, leaf } => (name, leaves[leaf.0 as usize]),
+        };
+        if let Some((digest, size)) = content {
+            push(&mut path, &name);
+            if !visit(&digest, size, &path) {
+                return Ok(());
+            }
+            path.truncate(length);
+        }
+    }
+    Ok(())
+}
+
+fn push(path: &mut Vec<u8>, name: &[u8]) {
+    if !path.is_empty() {
+        path.push(b'/');
+    }
+    path.extend_from_slice(name);
 }
 
 fn bad(store: &Folder, tree: &TreeDigest, source: FormatError) -> Error {

@@ -9,6 +9,7 @@
 //! this module builds a path below `objects/`. All calls block. Whatever changes the disk is done by `disk/`, as a step
 //! with a name.
 
+mod analytics;
 mod build;
 mod cache;
 mod digest;
@@ -18,16 +19,19 @@ mod export;
 mod files;
 mod gc;
 mod images;
+mod index;
 mod layout;
 mod leases;
 mod manifests;
 mod publish;
 mod put;
+mod quarantine;
 mod reader;
 mod refs;
 mod remove;
 pub mod retention;
 mod rm;
+mod stored;
 #[cfg(test)]
 mod testing;
 #[cfg(test)]
@@ -35,23 +39,27 @@ mod tests;
 mod time;
 pub mod tree;
 mod usage;
+mod verify;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+pub use analytics::{Amount, Analytics, Bucket, Dedup, FileOf, ManifestUse, TopBlob};
 pub use build::{Blob, Build};
 pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;
-pub use error::{Error, Problem};
+pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 pub use leases::Hold;
 pub use publish::Publish;
+pub use quarantine::QUARANTINE_AGE;
 pub use reader::{BlobInfo, Reader};
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
 pub use remove::remove_all;
 pub use rm::{Needed, Removed};
 pub use usage::Usage;
+pub use verify::{BadBlob, BadManifest, Fault, HurtFile, HurtTree, Scope, Verification, VerifyOptions, VerifyProgress};
 
 /// How a store is opened.
 #[derive(Debug, Clone, Default)]

@@ -19,7 +19,7 @@ use super::build::Kept;
 use super::disk::{self, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, manifest_path, object_path, shard_path};
-use super::leases::Hold;
+use super::leases::{Hold, Leased};
 use super::refs::{Ref, RefName, Revision};
 use super::tree::{EncodeError, Leaf, Tree};
 use super::{Build, Digest, Error, TreeDigest, manifests};
@@ -51,6 +51,7 @@ impl Build {
     pub fn publish(self, tree: &Tree, target: Publish) -> Result<Revision, Error> {
         self.check()?;
         let store = self.store.clone();
+        let mut moved = *store.not_moving();
         let manifest = self.path.clone() + "/manifest";
         let (leased, staged) = rayon::join(
             || self.lease_contents(tree),
@@ -95,7 +96,18 @@ impl Build {
         if write_ref {
             store.stage_ref(&new, &staged_ref)?;
         }
-        self.sync(Step::NamedSync)?;
+        let not_moving = loop {
+            self.sync(Step::NamedSync)?;
+            // From here until the tree is published no blob is quarantined: one that is later belongs to it.
+            let now = store.not_moving();
+            if *now == moved {
+                break now;
+            }
+            // One was, perhaps of this tree: then it is missing, or another build has stored it again meanwhile.
+            moved = *now;
+            drop(now);
+            self.lease_contents(tree)?;
+        };
 
         if !keep_manifest {
             let path = manifest_path(&digest);
@@ -106,6 +118,7 @@ impl Build {
         if write_ref {
             store.name_ref(&name, &staged_ref)?;
         }
+        drop(not_moving);
         if write_ref || !keep_manifest {
             self.sync(Step::PublishedSync)?;
         }
@@ -166,7 +179,7 @@ impl Build {
     }
 
     pub(super) fn has_staged(&self) -> bool {
-        let staged = |table: &std::sync::Mutex<std::collections::HashMap<_, super::leases::Leased>>| {
+        let staged = |table: &std::sync::Mutex<std::collections::HashMap<_, Leased>>| {
             lock(table).values().any(|leased| leased.staged != 0)
         };
         self.leases.tables.iter().any(staged)
@@ -192,16 +205,20 @@ impl Build {
             staged.sort_unstable_by_key(|(digest, _)| *digest);
             for (digest, leased) in staged {
                 let mut shard = lock(&store.shards[byte]);
+                // Once it has its name, it is a blob that is in the store and may be found damaged there.
+                let in_store = Leased { staged: 0, ..leased };
                 let path = object_path(&digest);
                 let there = files::stat(&store.dir, path.as_str());
                 let there = there.map_err(|e| Error::io("look for", store.path(&path), e))?;
                 let old = there.as_ref().map(|stat| stat.st_size.max(0) as u64);
                 if there.as_ref().is_some_and(files::is_file) && old == Some(leased.size) {
                     // Another build was faster. Our copy goes with the build's folder.
+                    lock(table).insert(digest, in_store);
                     continue;
                 }
                 let from = format!("{}/{}", self.path, leased.staged);
                 name_blob(store, byte as u8, &from, &path)?;
+                lock(table).insert(digest, in_store);
                 match old {
                     None => Inner::count_named(&mut shard, leased.size),
                     // Damaged from outside, so the count is not to be trusted either.

@@ -146,6 +146,13 @@ impl Reader {
         manifests::load(&self.folder, tree)
     }
 
+    /// Goes through the regular files of a tree, name by name: digest and size of the content, and the path below the
+    /// root, in the order of the paths' names, until `visit` says `false`. Needs no memory for the tree. That the
+    /// manifest has its own digest is not checked.
+    pub fn paths(&self, tree: &TreeDigest, visit: &mut dyn FnMut(&Digest, u64, &[u8]) -> bool) -> Result<(), Error> {
+        manifests::paths(&self.folder, tree, visit)
+    }
+
     /// Every stored manifest and its own length in bytes, sorted, whether or not anything names it.
     pub fn manifests(&self) -> Result<Vec<(TreeDigest, u64)>, Error> {
         gc::stored_manifests(&self.folder)

@@ -127,6 +127,8 @@ pub enum Reason {
     MinFree,
     /// A manifest or image of a tree that nothing names.
     Orphaned,
+    /// A damaged blob, quarantined for 30 days (no policy changes this).
+    QuarantineAge,
 }
 
 impl fmt::Display for Reason {
@@ -139,6 +141,7 @@ impl fmt::Display for Reason {
             Reason::MaxSize => "the store was over maxSize and this was unused the longest",
             Reason::MinFree => "the disk was under minFree and this was unused the longest",
             Reason::Orphaned => "nothing refers to its tree",
+            Reason::QuarantineAge => "it was found damaged and quarantined 30 days ago",
         })
     }
 }

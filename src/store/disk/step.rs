@@ -96,6 +96,18 @@ steps! {
     SweepSync,
     BlobRemove,
 
+    // Verifying.
+    VerifyRead,
+    QuarantineDir,
+    BlobQuarantine,
+    QuarantineSync,
+    RunsDir,
+    RecordCreate,
+    RecordWrite,
+    RecordSync,
+    RecordRename,
+    RecordDiscard,
+
     // Removing a folder: of a build, of an image, what a dead process left.
     TreeUnlink,
     TreeMove,

@@ -1,13 +1,14 @@
 //! The mark: who names which trees, what these name, what there is.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::time::SystemTime;
 
 use rustix::io::Errno;
 
 use super::Holders;
 use crate::store::files::{self, lock};
-use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path, shard_path};
+use crate::store::index::Index;
+use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path, object_digest, shard_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
 
@@ -73,7 +74,7 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Res
         free,
         ..Facts::default()
     };
-    let mut index: HashMap<Digest, u32> = HashMap::new();
+    let mut index = Index::new();
     let mut history = Vec::new();
     for (tree, named) in &named {
         match read_manifest(store, tree, named, &mut facts.blobs, &mut index) {
@@ -114,14 +115,15 @@ fn read_manifest(
     tree: &TreeDigest,
     named: &Named,
     blobs: &mut Vec<BlobFact>,
-    index: &mut HashMap<Digest, u32>,
+    index: &mut Index,
 ) -> Result<ManifestFact, Error> {
     let contents = manifests::contents(store, tree)?;
     let path = manifest_path(tree);
     let stat = files::stat(&store.dir, path.as_str()).map_err(|e| Error::io("look at", store.path(&path), e))?;
     let stat = stat.ok_or(Error::MissingManifest { tree: *tree })?;
     let number = |(digest, size): (Digest, u64)| {
-        *index.entry(digest).or_insert_with(|| {
+        let (number, new) = index.insert(&digest, |number| blobs[number as usize].digest);
+        if new {
             blobs.push(BlobFact {
                 digest,
                 size,
@@ -129,9 +131,8 @@ fn read_manifest(
                 leased: false,
                 present: false,
             });
-            // As many as there can be files in memory: far below 2^32.
-            (blobs.len() - 1) as u32
-        })
+        }
+        number
     };
     // The manifest's mtime is when the tree was last built, held or seen in use.
     let used = files::mtime(&stat);
@@ -172,7 +173,7 @@ pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<(TreeDige
 }
 
 /// Looks through `objects/`: names only for what is live, also times and sizes for the rest. Returns the count.
-fn scan(store: &Inner, facts: &mut Facts, index: &HashMap<Digest, u32>, now: SystemTime) -> Result<u64, Error> {
+fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Result<u64, Error> {
     let mut live = vec![false; facts.blobs.len()];
     for manifest in facts.manifests.iter().filter(|manifest| manifest.live.is_some()) {
         for blob in &manifest.blobs {
@@ -189,15 +190,11 @@ fn scan(store: &Inner, facts: &mut Facts, index: &HashMap<Digest, u32>, now: Sys
         };
         let builds = store.leases.builds();
         for (name, _) in files::names(&dir).map_err(error)? {
-            let Some(digest) = name
-                .to_str()
-                .ok()
-                .and_then(|rest| Digest::from_hex(&format!("{byte:02x}{rest}")))
-            else {
+            let Some(digest) = object_digest(byte, &name) else {
                 continue;
             };
             scanned += 1;
-            let known = index.get(&digest).copied();
+            let known = index.get(&digest, |number| facts.blobs[number as usize].digest);
             if let Some(known) = known
                 && live[known as usize]
             {

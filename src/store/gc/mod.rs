@@ -20,7 +20,7 @@ use serde::Serialize;
 use super::files::lock;
 use super::layout::Inner;
 use super::retention::{OverLimit, Policy, Reason, plan};
-use super::{Error, Problem, Store, TreeDigest, time};
+use super::{Error, Problem, Store, TreeDigest, quarantine, time};
 use mark::mark;
 pub(super) use mark::stored_manifests;
 use run::Run;
@@ -50,7 +50,7 @@ pub struct Report {
     pub finished: SystemTime,
     pub scanned_blobs: u64,
     pub deleted_blobs: u64,
-    /// Bytes of the blobs, manifests and images that went.
+    /// Bytes of the blobs, manifests, images and quarantined files that went.
     pub freed_bytes: u64,
     pub dropped_history: Vec<DroppedHistory>,
     /// What went, by kind and reason.
@@ -82,7 +82,7 @@ pub struct Decision {
     pub message: String,
     pub count: u64,
     pub bytes: u64,
-    /// The first few of them by name: digests of blobs and manifests, file names of images.
+    /// The first few of them by name: digests of blobs and manifests, file names of images and in quarantine.
     pub samples: Vec<String>,
 }
 
@@ -92,6 +92,8 @@ pub enum Kind {
     Image,
     Manifest,
     Blob,
+    /// A damaged blob in `quarantine/`.
+    Quarantined,
 }
 
 impl Store {
@@ -134,6 +136,8 @@ impl Store {
         };
         // What could not be read may need anything: then nothing goes, and a dry run promises nothing else.
         if run.blocked.is_empty() {
+            // It is needed by nothing, whatever is live.
+            run.expire(&quarantine::old(store, now)?, dry_run)?;
             match dry_run {
                 true => run.pretend(),
                 false => {

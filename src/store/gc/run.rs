@@ -10,8 +10,9 @@ use super::{Decision, DroppedHistory, Kind, Report};
 use crate::store::disk::{self, Step};
 use crate::store::files::{self, lock};
 use crate::store::layout::{Inner, manifest_path, object_path};
+use crate::store::quarantine::Quarantined;
 use crate::store::retention::{Live, Plan, Reason};
-use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
+use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests, quarantine};
 
 /// Blobs that are removed under one taking of a shard's lock: a put waits for no more.
 const BATCH: usize = 64;
@@ -54,6 +55,16 @@ impl Run<'_> {
             digest: self.marked.facts.manifests[index].tree,
             reason,
         });
+    }
+
+    pub fn expire(&mut self, old: &[Quarantined], dry_run: bool) -> Result<(), Error> {
+        for one in old {
+            if !dry_run {
+                quarantine::discard(self.store, one)?;
+            }
+            self.count(Kind::Quarantined, Reason::QuarantineAge, one.size, &one.name);
+        }
+        Ok(())
     }
 
     pub fn pretend(&mut self) {

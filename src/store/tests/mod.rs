@@ -4,7 +4,7 @@ mod builds;
 mod collecting;
 mod crash;
 mod exporting;
-mod full_disk;
+pub mod full_disk;
 mod limits;
 mod refs;
 mod single;

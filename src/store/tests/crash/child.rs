@@ -48,6 +48,13 @@ pub fn detours() -> Vec<Vec<Struck>> {
         // No room for a ref: it is written into the spare file.
         vec![(Step::RefWrite, 5, full)],
         vec![(Step::SpareWrite, 1, full)],
+        // A blob that cannot be read, and again when it is judged once more: it is quarantined.
+        vec![
+            (Step::VerifyRead, 1, Fault::Fail(Errno::BADMSG)),
+            (Step::VerifyRead, 2, Fault::Fail(Errno::BADMSG)),
+        ],
+        // The verification ends well, only its time is not recorded.
+        vec![(Step::RecordWrite, 1, full)],
         // What was staged of a ref goes.
         vec![(Step::RefSync, 1, Fault::Fail(Errno::IO))],
         // Likewise of a note.
@@ -61,6 +68,7 @@ const FAULTS: &[(&str, Fault)] = &[
     ("stop-before", Fault::StopBefore),
     ("stop-after", Fault::StopAfter),
     ("eio", Fault::Fail(Errno::IO)),
+    ("ebadmsg", Fault::Fail(Errno::BADMSG)),
     ("enospc", Fault::Fail(Errno::NOSPC)),
     ("short", Fault::Short),
     ("nothing", Fault::Nothing),

@@ -1,0 +1,295 @@
+//! The pass over the manifests.
+
+use std::cmp::Reverse;
+use std::collections::{HashMap, HashSet};
+
+use rustix::io::Errno;
+
+use super::{Amount, Analytics, BUCKETS, Bucket, Dedup, FileOf, ManifestUse, TopBlob};
+use crate::store::files;
+use crate::store::index::Index;
+use crate::store::layout::{Folder, manifest_path, object_digest, shard_path};
+use crate::store::stored::{self, Class, Stored};
+use crate::store::{Digest, Error, Problem, TreeDigest, error, gc, manifests};
+
+/// Files that are named of a content.
+const SAMPLES: u64 = 3;
+/// How often it is counted beside a collection that takes something each time.
+const TRIES: u32 = 4;
+
+/// A distinct content.
+struct Blob {
+    digest: Digest,
+    size: u64,
+    references: u32,
+    /// Trees that name it.
+    manifests: u32,
+    /// The last of them, by index: the only one if there is one.
+    last: u32,
+    class: Class,
+    present: bool,
+}
+
+/// Everything that was counted.
+pub(super) struct Count<'a> {
+    store: &'a Folder,
+    refs: u64,
+    index: Index,
+    blobs: Vec<Blob>,
+    manifests: Vec<ManifestUse>,
+    problems: Vec<Problem>,
+}
+
+/// Counts, and again if trees have gone meanwhile: a collection that is running takes manifests and then their blobs,
+/// which would be missing. After some tries what was counted last has to do.
+pub(super) fn settled<T>(store: &Folder, figures: impl Fn(&mut Count<'_>) -> Result<T, Error>) -> Result<T, Error> {
+    for _ in 1..TRIES {
+        let before = gc::stored_manifests(store)?;
+        let figures = Count::of(store).and_then(|mut count| figures(&mut count));
+        let after: HashSet<TreeDigest> = gc::stored_manifests(store)?.into_iter().map(|(tree, _)| tree).collect();
+        if before.iter().all(|(tree, _)| after.contains(tree)) {
+            return figures;
+        }
+    }
+    figures(&mut Count::of(store)?)
+}
+
+impl<'a> Count<'a> {
+    pub fn of(store: &'a Folder) -> Result<Self, Error> {
+        let all = stored::all(store)?;
+        let mut count = Self {
+            store,
+            refs: all.refs,
+            index: Index::new(),
+            blobs: Vec::new(),
+            manifests: Vec::new(),
+            problems: all.unreadable,
+        };
+        for one in all.trees {
+            match manifests::files(store, &one.tree) {
+                Ok(found) => count.add(one, found),
+                // It has gone since it was listed.
+                Err(Error::MissingManifest { .. }) if one.class == Class::Unnamed => {}
+                Err(error) => count.problem(&one.tree, error.to_string()),
+            }
+        }
+        Ok(count)
+    }
+
+    fn problem(&mut self, tree: &TreeDigest, message: String) {
+        self.problems.push(Problem {
+            path: self.store.path(manifest_path(tree)).display().to_string(),
+            message,
+        });
+    }
+
+    fn add(&mut self, one: Stored, found: manifests::Files) {
+        let number = self.manifests.len() as u32;
+        let (class, tree) = (one.class, one.tree);
+        let mut used = ManifestUse {
+            digest: tree,
+            current_of: one.current_of,
+            history_of: one.history_of,
+            files: found.names,
+            references: found.contents.len() as u64,
+            blobs: 0,
+            logical_bytes: 0,
+            unique_bytes: 0,
+            exclusive_blobs: 0,
+            exclusive_bytes: 0,
+        };
+        let mut conflict = None;
+        for (digest, size) in found.contents {
+            used.logical_bytes = used.logical_bytes.saturating_add(size);
+            let blobs = &mut self.blobs;
+            let (index, new) = self.index.insert(&digest, |number| blobs[number as usize].digest);
+            if new {
+                blobs.push(Blob {
+                    digest,
+                    size,
+                    references: 0,
+                    manifests: 0,
+                    last: 0,
+                    class,
+                    present: false,
+                });
+            }
+            let blob = &mut blobs[index as usize];
+            blob.references = blob.references.saturating_add(1);
+            if blob.manifests == 0 || blob.last != number {
+                blob.manifests += 1;
+                blob.last = number;
+                used.blobs += 1;
+                used.unique_bytes = used.unique_bytes.saturating_add(blob.size);
+            }
+            if blob.size != size {
+                conflict = Some((digest, size, blob.size));
+            }
+        }
+        self.manifests.push(used);
+        if let Some((content, size, before)) = conflict {
+            let message = format!("it gives {content} {size} bytes, and another place {before}: one of them is wrong");
+            self.problem(&tree, message);
+        }
+    }
+
+    pub fn dedup(&self) -> Dedup {
+        let logical = sum(self.manifests.iter().map(|used| used.logical_bytes));
+        let unique = sum(self.blobs.iter().map(|blob| blob.size));
+        let saved = logical.saturating_sub(unique);
+        let part = |of: u64, whole: u64, empty: f64| match whole {
+            0 => empty,
+            _ => of as f64 / whole as f64,
+        };
+        Dedup {
+            refs: self.refs,
+            manifests: self.manifests.len() as u64,
+            references: sum(self.manifests.iter().map(|used| used.references)),
+            unique_blobs: self.blobs.len() as u64,
+            logical_bytes: logical,
+            unique_bytes: unique,
+            saved_bytes: saved,
+            saved_percent: 100.0 * part(saved, logical, 0.0),
+            ratio: part(logical, unique, 1.0),
+            incomplete: !self.problems.is_empty(),
+            problems: self.problems.clone(),
+        }
+    }
+
+    pub fn analytics(&mut self, top: usize) -> Result<Analytics, Error> {
+        let garbage = self.scan()?;
+        let bounds = BUCKETS.iter().map(|bound| Some(*bound)).chain([None]);
+        let mut sizes: Vec<Bucket> = bounds
+            .map(|below| Bucket {
+                below,
+                amount: Amount::default(),
+            })
+            .collect();
+        let (mut current, mut history, mut unnamed) = (Amount::default(), Amount::default(), Amount::default());
+        let mut missing = Amount::default();
+        for blob in &self.blobs {
+            match blob.class {
+                Class::Current => current.add(blob.size),
+                Class::History => history.add(blob.size),
+                Class::Unnamed => unnamed.add(blob.size),
+            }
+            if !blob.present {
+                missing.add(blob.size);
+            }
+            let bucket = BUCKETS.partition_point(|bound| *bound <= blob.size);
+            sizes[bucket].amount.add(blob.size);
+            if blob.manifests == 1 {
+                let owner = &mut self.manifests[blob.last as usize];
+                owner.exclusive_blobs += 1;
+                owner.exclusive_bytes = owner.exclusive_bytes.saturating_add(blob.size);
+            }
+        }
+        let saved = |blob: &Blob| blob.size.saturating_mul(u64::from(blob.references.saturating_sub(1)));
+        let by_saved = self.first(top, |blob| saved(blob));
+        let by_size = self.first(top, |blob| blob.size);
+        let mut samples = self.samples(by_saved.iter().chain(&by_size))?;
+        let mut shown = |numbers: Vec<u32>| -> Vec<TopBlob> {
+            let shown = numbers.into_iter().map(|number| {
+                let blob = &self.blobs[number as usize];
+                TopBlob {
+                    digest: blob.digest,
+                    size: blob.size,
+                    references: u64::from(blob.references),
+                    manifests: u64::from(blob.manifests),
+                    saved_bytes: saved(blob),
+                    samples: samples.entry(number).or_default().clone(),
+                }
+            });
+            shown.collect()
+        };
+        let (top_saved, top_size) = (shown(by_saved), shown(by_size));
+        Ok(Analytics {
+            dedup: self.dedup(),
+            current,
+            history,
+            unnamed,
+            garbage,
+            missing,
+            sizes,
+            manifests: std::mem::take(&mut self.manifests),
+            top_saved,
+            top_size,
+        })
+    }
+
+    /// Looks which contents are there. Returns what is there besides.
+    fn scan(&mut self) -> Result<Amount, Error> {
+        let mut garbage = Amount::default();
+        for byte in 0..=255u8 {
+            let path = shard_path(byte);
+            let error = |e: Errno| Error::io("list", self.store.path(&path), e);
+            let dir = match files::open_dir(&self.store.dir, path.as_str()) {
+                Err(Errno::NOENT) => continue,
+                other => other.map_err(error)?,
+            };
+            for (name, _) in files::names(&dir).map_err(error)? {
+                let Some(digest) = object_digest(byte, &name) else {
+                    continue;
+                };
+                let blobs = &self.blobs;
+                if let Some(number) = self.index.get(&digest, |number| blobs[number as usize].digest) {
+                    self.blobs[number as usize].present = true;
+                } else if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
+                    garbage.add(stat.st_size.max(0) as u64);
+                }
+            }
+        }
+        Ok(garbage)
+    }
+
+    /// The numbers of the first contents by a figure, the highest first; none with a figure of 0.
+    fn first(&self, top: usize, figure: impl Fn(&Blob) -> u64) -> Vec<u32> {
+        let mut first: Vec<(Reverse<u64>, Digest, u32)> = Vec::new();
+        let figures = self.blobs.iter().enumerate();
+        for (number, blob) in figures.filter(|(_, blob)| figure(blob) > 0) {
+            first.push((Reverse(figure(blob)), blob.digest, number as u32));
+            // Sorted only now and then, so that memory is bounded by what is asked for.
+            if first.len() >= top.saturating_mul(2).saturating_add(1024) {
+                first.sort_unstable();
+                first.truncate(top);
+            }
+        }
+        first.sort_unstable();
+        first.truncate(top);
+        first.into_iter().map(|(_, _, number)| number).collect()
+    }
+
+    /// A few files of each of these contents.
+    fn samples<'n>(&self, of: impl Iterator<Item = &'n u32>) -> Result<HashMap<u32, Vec<FileOf>>, Error> {
+        let mut wanted: HashMap<Digest, (u32, u64)> = of
+            .map(|number| {
+                let blob = &self.blobs[*number as usize];
+                (blob.digest, (*number, SAMPLES.min(u64::from(blob.references))))
+            })
+            .collect();
+        let mut samples: HashMap<u32, Vec<FileOf>> = HashMap::new();
+        for used in &self.manifests {
+            if wanted.is_empty() {
+                break;
+            }
+            manifests::paths(self.store, &used.digest, &mut |digest, _, path| {
+                if let Some((number, left)) = wanted.get_mut(digest) {
+                    samples.entry(*number).or_default().push(FileOf {
+                        manifest: used.digest,
+                        path: error::path_text(path),
+                    });
+                    *left -= 1;
+                    if *left == 0 {
+                        wanted.remove(digest);
+                    }
+                }
+                !wanted.is_empty()
+            })?;
+        }
+        Ok(samples)
+    }
+}
+
+fn sum(values: impl Iterator<Item = u64>) -> u64 {
+    values.fold(0, u64::saturating_add)
+}

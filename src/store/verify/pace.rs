@@ -1,0 +1,50 @@
+//! Reading no faster than is allowed.
+
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What is not used in this time is lost, so that a pause is not made up for by a burst.
+const CREDIT: Duration = Duration::from_millis(100);
+/// Longest sleep without a look whether to stop.
+const SLICE: Duration = Duration::from_millis(50);
+
+pub(super) struct Pace {
+    rate: Option<NonZeroU64>,
+    /// When the next byte may be read.
+    next: Instant,
+}
+
+impl Pace {
+    pub fn new(rate: Option<NonZeroU64>) -> Self {
+        Self {
+            rate,
+            next: Instant::now(),
+        }
+    }
+
+    /// How much to read at once, of at most `limit` bytes: no more than a tenth of a second's worth, in whole pages.
+    pub fn chunk(&self, limit: usize) -> usize {
+        match self.rate {
+            Some(rate) => usize::try_from(rate.get() / 10).unwrap_or(limit).clamp(4096, limit) & !4095,
+            None => limit,
+        }
+    }
+
+    /// Waits for as long as reading so many bytes should have taken, less what it did take. `false` if cancelled.
+    pub fn wait(&mut self, bytes: u64, cancel: &AtomicBool) -> bool {
+        if let Some(rate) = self.rate {
+            let cost = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
+            let now = Instant::now();
+            self.next = self.next.max(now.checked_sub(CREDIT).unwrap_or(now)) + cost;
+            while let Some(left) = self.next.checked_duration_since(Instant::now()) {
+                if left.is_zero() || cancel.load(Ordering::Relaxed) {
+                    break;
+                }
+                thread::sleep(left.min(SLICE));
+            }
+        }
+        !cancel.load(Ordering::Relaxed)
+    }
+}
