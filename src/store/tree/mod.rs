@@ -11,6 +11,8 @@
 mod build;
 mod check;
 mod diff;
+#[cfg(test)]
+mod golden;
 mod read;
 #[cfg(test)]
 mod tests;
