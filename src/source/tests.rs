@@ -1,6 +1,7 @@
 //! Awkward folders, and layers against their merged view. Needs root: it makes devices, owners and mounts.
 
 mod edges;
+mod generated;
 mod layers;
 mod unchanged;
 
