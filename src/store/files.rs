@@ -1,9 +1,10 @@
 //! Small things about files that several parts of the store need.
 
 use std::ffi::CString;
-use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
@@ -13,10 +14,22 @@ use super::disk::{self, Step};
 
 /// Takes a lock whatever happened to its last holder: what our locks guard is never left half done by a panic.
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    #[cfg(test)]
+    return super::turns::lock(mutex);
+    #[cfg(not(test))]
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-pub(super) use disk::open_dir;
+/// Where a test may let another thread go on.
+fn point() {
+    #[cfg(test)]
+    super::turns::point();
+}
+
+pub(super) fn open_dir(at: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
+    point();
+    disk::open_dir(at, name)
+}
 
 /// Makes a folder that only root enters; one that is there already is good.
 pub(super) fn ensure_dir(step: Step, at: impl AsFd, name: &str) -> Result<(), Errno> {
@@ -38,7 +51,22 @@ pub(super) fn names(dir: impl AsFd) -> Result<Vec<(CString, FileType)>, Errno> {
     Ok(names)
 }
 
+/// The bytes of a small file that may hold anything by now.
+///
+/// # Errors
+/// Those of opening and reading it, a symlink in its place, and more than `limit` bytes.
+pub fn read_bounded(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
+    let file = disk::open_file(rustix::fs::CWD, path)?;
+    let mut bytes = Vec::new();
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes)?;
+    match bytes.len() as u64 > limit {
+        true => Err(io::Error::other(format!("it is larger than {limit} bytes"))),
+        false => Ok(bytes),
+    }
+}
+
 pub(super) fn stat(at: impl AsFd, name: impl rustix::path::Arg) -> Result<Option<Stat>, Errno> {
+    point();
     match rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW) {
         Ok(stat) => Ok(Some(stat)),
         Err(Errno::NOENT) => Ok(None),
@@ -69,6 +97,7 @@ pub(super) fn mtime(stat: &Stat) -> SystemTime {
 
 /// Removes a name that is not a folder; one that is gone already is good.
 pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    point();
     match disk::unlink(step, at, name) {
         Err(Errno::NOENT) => Ok(()),
         other => other,
@@ -77,6 +106,7 @@ pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Ar
 
 /// Sets a file's mtime to now: "last used".
 pub(super) fn touch(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    point();
     let times = Timestamps {
         last_access: Timespec {
             tv_sec: 0,
@@ -138,4 +168,28 @@ fn write_run(step: Step, file: BorrowedFd<'_>, mut bytes: &[u8], mut offset: u64
 fn is_zero(block: &[u8]) -> bool {
     // Looking at the first bytes alone settles nearly every block.
     block.iter().take(16).all(|byte| *byte == 0) && block.iter().all(|byte| *byte == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_is_read_up_to_its_bound_and_nothing_else_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("file"), "12345").unwrap();
+        assert_eq!(read_bounded(&at("file"), 5).unwrap(), b"12345");
+        let error = read_bounded(&at("file"), 4).unwrap_err();
+        assert_eq!(error.to_string(), "it is larger than 4 bytes");
+        // As large as any: nothing near its length is set aside.
+        std::fs::File::create(at("huge")).unwrap().set_len(1 << 40).unwrap();
+        assert!(read_bounded(&at("huge"), 1000).is_err());
+        std::os::unix::fs::symlink("file", at("link")).unwrap();
+        assert!(read_bounded(&at("link"), 5).is_err());
+        rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), FileType::Fifo, rustix::fs::Mode::RUSR, 0).unwrap();
+        assert_eq!(read_bounded(&at("fifo"), 5).unwrap(), b"");
+        let missing = read_bounded(&at("missing"), 5).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
 }

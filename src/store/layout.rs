@@ -21,6 +21,8 @@ use super::{Digest, Error, Options, TreeDigest, remove};
 /// The version of the layout. A program refuses a store of a later one.
 const FORMAT: u32 = 1;
 const CONFIG: &str = "larder.json";
+/// Largest `larder.json` that is read, in bytes.
+const MAX_CONFIG: u64 = 64 << 10;
 const LOCK: &str = "lock";
 pub(super) const STAGING: &str = "staging";
 pub(super) const OBJECTS: &str = "objects";
@@ -349,16 +351,19 @@ fn take_lock(root: &Path, dir: &OwnedFd) -> Result<File, Error> {
 
 fn read_config(root: &Path) -> Result<Option<Config>, Error> {
     let path = root.join(CONFIG);
-    let text = match std::fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io("read", &path, error)),
-    };
+    match files::read_bounded(&path, MAX_CONFIG) {
+        Ok(text) => parse_config(&path, &text).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io("read", &path, error)),
+    }
+}
+
+fn parse_config(path: &Path, text: &[u8]) -> Result<Config, Error> {
     let invalid = |message: String| Error::Config {
-        path: path.clone(),
+        path: path.to_owned(),
         message,
     };
-    let config: Config = serde_json::from_str(&text).map_err(|e| invalid(format!("cannot be read: {e}")))?;
+    let config: Config = serde_json::from_slice(text).map_err(|e| invalid(format!("cannot be read: {e}")))?;
     if config.format != FORMAT {
         let format = config.format;
         return Err(invalid(format!(
@@ -368,7 +373,13 @@ fn read_config(root: &Path) -> Result<Option<Config>, Error> {
     if config.id.is_empty() {
         return Err(invalid("the store has no id".to_owned()));
     }
-    Ok(Some(config))
+    Ok(config)
+}
+
+/// The id in a `larder.json`, as inputs of tests and fuzz targets.
+#[cfg(any(test, fuzzing))]
+pub fn parse_config_id(text: &[u8]) -> Result<String, Error> {
+    parse_config(Path::new(CONFIG), text).map(|config| config.id)
 }
 
 /// Makes the folders, then `larder.json`, whose presence says that the store is whole.

@@ -38,6 +38,8 @@ mod testing;
 mod tests;
 mod time;
 pub mod tree;
+#[cfg(test)]
+mod turns;
 mod usage;
 mod verify;
 
@@ -50,11 +52,16 @@ pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
+pub use files::read_bounded;
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
+#[cfg(any(test, fuzzing))]
+pub use layout::parse_config_id as parse_config;
 pub use leases::Hold;
 pub use publish::Publish;
 pub use quarantine::QUARANTINE_AGE;
 pub use reader::{BlobInfo, Reader};
+#[cfg(any(test, fuzzing))]
+pub use refs::parse_ref;
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
 pub use remove::remove_all;
 pub use rm::{Needed, Removed};

@@ -204,6 +204,16 @@ impl Ref {
     }
 }
 
+/// Reads the file of a ref and writes what was read, as inputs of tests and fuzz targets.
+#[cfg(any(test, fuzzing))]
+pub fn parse_ref(text: &[u8]) -> Result<(Ref, Vec<u8>), String> {
+    let name = RefName::new("namespace", "name").map_err(|e| e.to_string())?;
+    let found = Ref::parse(&name, text)?;
+    // Whatever was read can be written.
+    let json = found.to_json().unwrap_or_else(|e| panic!("{found:?}: {e}"));
+    Ok((found, json))
+}
+
 impl Reader {
     /// Every ref, by name. Fails only if a folder of refs cannot be listed.
     pub fn refs(&self) -> Result<Refs, Error> {

@@ -8,8 +8,13 @@
 //! 4. **Sweep** shard by shard; under the shard's lock the leases are looked at once more.
 //!
 //! What needs no ref to be rewritten goes first, so that a collection works without a free byte.
+//!
+//! `model/` has these steps and those of builds and holds, with the functions that they stand for, and tries every
+//! order of them: what changes the order here changes it there.
 
 mod mark;
+#[cfg(test)]
+mod model;
 mod run;
 
 use std::collections::BTreeMap;

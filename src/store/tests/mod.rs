@@ -6,6 +6,8 @@ mod crash;
 mod exporting;
 pub mod full_disk;
 mod limits;
+mod orders;
+mod processes;
 mod refs;
 mod single;
 mod stress;
