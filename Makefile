@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Whatever the caller's environment says: scripts look for the program here. (`make CARGO_TARGET_DIR=…` overrides it.)
 export CARGO_TARGET_DIR := $(CURDIR)/target
 
-SCRIPTS := hack/lib.sh hack/setup hack/build-tools hack/cluster hack/demo .ci/run
+SCRIPTS := hack/lib.sh hack/setup hack/build-tools hack/cluster hack/demo hack/fuzz .ci/run
 
 .PHONY: help
 help: ## This list
@@ -46,6 +46,10 @@ bench: setup tools ## Times and memory
 .PHONY: soak
 soak: setup tools ## The long forms of the tests, for the night
 	LARDER_SOAK=1 cargo test --release --locked
+
+.PHONY: fuzz
+fuzz: ## Each fuzz target for SECONDS=60, or those of ONLY="size ref"
+	hack/fuzz $(or $(SECONDS),60) $(ONLY)
 
 .PHONY: crds
 crds: ## Writes crds/ anew from the Rust types

@@ -11,6 +11,7 @@
 //! - [`api`]: the custom resources: types, defaults, validation, conditions. No I/O.
 //! - [`cluster`]: talking to the API server: following, writing, events, leases.
 //! - [`controller`]: one per cluster: resources to nodes, and the nodes' answers back.
+//! - `inputs`: what is read from disks and users, as fuzz targets and tests call it.
 //! - [`telemetry`]: logs, health, metrics.
 
 pub mod agent;
@@ -18,6 +19,8 @@ pub mod api;
 pub mod cli;
 pub mod cluster;
 pub mod controller;
+#[cfg(any(test, fuzzing))]
+pub mod inputs;
 pub mod layer;
 pub mod source;
 pub mod store;

@@ -31,6 +31,8 @@ use crate::source::{self, Roots, SourceRoot};
 use crate::store::{self, Ref, Store};
 use crate::telemetry::Health;
 use builds::Builder;
+#[cfg(any(test, fuzzing))]
+pub(crate) use saved::{SavedSpec, parse as parse_saved};
 
 /// Settings of the agent.
 #[derive(Debug, Clone)]

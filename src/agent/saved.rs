@@ -8,9 +8,13 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::api::NodeStoreSpec;
+use crate::store;
 
 /// The last spec, below the store's root.
 pub const SPEC: &str = "node.json";
+
+/// Largest file that is read, in bytes: more than the API server takes of an object.
+const MAX_SIZE: u64 = 8 << 20;
 
 /// What the agent remembers of retention, below the store's root.
 pub const MEMORY: &str = "runs/state.json";
@@ -41,13 +45,16 @@ pub fn load<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>, File
         path: path.to_owned(),
         source,
     };
-    match std::fs::read(path) {
-        Ok(bytes) => serde_json::from_slice(&bytes)
-            .map(Some)
-            .map_err(|error| failed(error.into())),
+    match store::read_bounded(path, MAX_SIZE) {
+        Ok(bytes) => parse(&bytes).map(Some).map_err(|error| failed(error.into())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(failed(error)),
     }
+}
+
+/// What the bytes of such a file say.
+pub(crate) fn parse<T: for<'de> Deserialize<'de>>(bytes: &[u8]) -> Result<T, serde_json::Error> {
+    serde_json::from_slice(bytes)
 }
 
 /// Writes a JSON file of the agent: whole and durable, or not at all.

@@ -10,10 +10,12 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use super::Error;
 use super::error::IoContext;
-use crate::store::TreeDigest;
+use crate::store::{self, TreeDigest};
 
 /// Version of `layer.json`. A file with another one is not read.
 const VERSION: u32 = 1;
+/// Largest `layer.json` that is read, in bytes.
+const MAX_SIZE: u64 = 64 << 10;
 pub(super) const FILE_NAME: &str = "layer.json";
 pub(super) const TEMPORARY_NAME: &str = "layer.json.tmp";
 
@@ -147,25 +149,29 @@ impl LayerRecord {
             path: path.clone(),
             message,
         };
-        let text = match fs::read(&path) {
+        let text = match store::read_bounded(&path, MAX_SIZE) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", &path, e)),
         };
+        let record = Self::parse(&text).map_err(invalid)?;
+        if record.id != *id {
+            return Err(invalid(format!("it is the record of another layer, {}", record.id)));
+        }
+        Ok(Some(record))
+    }
+
+    pub(crate) fn parse(text: &[u8]) -> Result<Self, String> {
         // The version first: a later one may have other fields.
         #[derive(Deserialize)]
         struct Version {
             version: u32,
         }
-        let version: Version = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
+        let version: Version = serde_json::from_slice(text).map_err(|e| e.to_string())?;
         if version.version != VERSION {
-            return Err(invalid(format!("version {} is not known", version.version)));
+            return Err(format!("version {} is not known", version.version));
         }
-        let record: Self = serde_json::from_slice(&text).map_err(|e| invalid(e.to_string()))?;
-        if record.id != *id {
-            return Err(invalid(format!("it is the record of another layer, {}", record.id)));
-        }
-        Ok(Some(record))
+        serde_json::from_slice(text).map_err(|e| e.to_string())
     }
 
     /// Writes the record so that after a crash either the old or the new one is there, whole.

@@ -116,6 +116,12 @@ fn globs(texts: &[String]) -> Result<GlobSet, Error> {
     set.build().map_err(|error| invalid("all together", error))
 }
 
+/// Are these good patterns? For inputs of tests and fuzz targets.
+#[cfg(any(test, fuzzing))]
+pub fn check_globs(texts: &[String]) -> Result<(), Error> {
+    globs(texts).map(drop)
+}
+
 struct Plain<'a> {
     exclude: &'a GlobSet,
 }

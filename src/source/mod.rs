@@ -22,6 +22,8 @@ mod tests;
 mod unchanged;
 mod xattrs;
 
+#[cfg(any(test, fuzzing))]
+pub use directory::check_globs;
 pub use directory::{ScanOptions, build_directory, scan};
 pub use error::{Error, Failure, FailureKind};
 pub use repair::{Lost, Origin, Repair, repair};
