@@ -41,14 +41,17 @@ pub fn look(root: &Path) -> Looked {
     found
 }
 
+/// Called with a folder, a name in it, and the path of both.
+type Visit<'a> = dyn FnMut(&OwnedFd, &[u8], &[u8]) + 'a;
+
 /// Visits every entry, sorted, with a descriptor of its folder: no path is ever too long. The root is "." of itself.
-fn visit(root: &Path, each: &mut dyn FnMut(&OwnedFd, &[u8], &[u8])) {
+fn visit(root: &Path, each: &mut Visit<'_>) {
     let top = open(CWD, root.as_os_str().as_encoded_bytes());
     each(&top, b".", b"");
     below(&top, b"", each);
 }
 
-fn below(folder: &OwnedFd, path: &[u8], each: &mut dyn FnMut(&OwnedFd, &[u8], &[u8])) {
+fn below(folder: &OwnedFd, path: &[u8], each: &mut Visit<'_>) {
     let entries = Dir::read_from(folder)
         .unwrap()
         .map(|entry| entry.unwrap().file_name().to_owned());

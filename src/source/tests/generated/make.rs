@@ -119,7 +119,7 @@ impl Maker<'_> {
     fn abyss(&mut self) {
         let mut folder = self.rng.random_range(0..self.folders.len());
         for level in 0..25u8 {
-            let name = vec![b'a' + level; 200];
+            let name = [b'a' + level; 200];
             mkdirat(&self.folders[folder], &name[..], Mode::RWXU).unwrap();
             let flags = OFlags::RDONLY | OFlags::DIRECTORY;
             let made = openat(&self.folders[folder], &name[..], flags, Mode::empty()).unwrap();

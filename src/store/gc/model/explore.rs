@@ -70,8 +70,8 @@ impl<'a> Explorer<'a> {
         while let Some((state, at)) = todo.pop_front() {
             let locals = &state.1;
             let mut moved = false;
-            for worker in 0..self.works.len() {
-                let Some(op) = self.programs[worker].get(usize::from(locals[worker].next)).copied() else {
+            for (worker, local) in locals.iter().enumerate() {
+                let Some(op) = self.programs[worker].get(usize::from(local.next)).copied() else {
                     continue;
                 };
                 let futures = self
