@@ -110,7 +110,7 @@ fn what_cannot_be_kept_or_read_fails_a_build_and_is_named_and_a_fifo_holds_nothi
 
     let closed = |name: &str| {
         use std::os::unix::fs::PermissionsExt;
-        fs::set_permissions(source.join(name), fs::Permissions::from_mode(0)).unwrap();
+        fs::set_permissions(source.join(name), fs::Permissions::from_mode(0o000)).unwrap();
     };
     closed("noread");
     closed("nodir");
