@@ -7,7 +7,7 @@
 //! - an error says what to do next, and the exit code what kind of error it is (`exit.rs`).
 //!
 //! One file per family of commands, thin over `store`, `layer` and `source`: a command reads its arguments and writes a
-//! table or JSON. To add one: its arguments and their `run` in a file here, a variant in [`Read`] or [`Write`].
+//! table or JSON. To add one: its arguments and their `run` in a file here, a variant in `Read` or `Write`.
 
 mod blobs;
 mod build;

@@ -20,11 +20,13 @@ use super::{Digest, Error, Reader, files};
 
 /// With so many bytes free beside its value, an attribute is not refused for want of space.
 const ROOM_FOR_XATTR: u64 = 1 << 20;
+/// Bytes that the kernel is asked to copy at once: between two calls an export can be cancelled.
+const COPY: usize = 64 << 20;
 
 /// What an export that goes on for long is told and tells.
 #[derive(Debug, Default)]
 pub struct ExportWatch {
-    /// Set it, and the export ends with [`Error::Cancelled`] before its next entry.
+    /// Set it, and the export soon ends with [`Error::Cancelled`].
     pub cancel: Arc<AtomicBool>,
     /// Entries that are written.
     pub entries: AtomicU64,
@@ -243,7 +245,10 @@ impl Export<'_> {
             }
         }
         let sparse = (stat.st_blocks.max(0) as u64).saturating_mul(512) < size;
-        copy(&from, file, size, sparse).map_err(|e| self.error("write the content", e))
+        match copy(&from, file, size, sparse, &self.watch.cancel) {
+            Err(Errno::CANCELED) => Err(Error::Cancelled),
+            other => other.map_err(|e| self.error("write the content", e)),
+        }
     }
 
     /// Another name for a leaf that has been written.
@@ -381,10 +386,10 @@ fn times(meta: &Meta) -> Timestamps {
     }
 }
 
-/// Copies a blob's data, leaving its holes out.
-fn copy(from: &File, to: &File, size: u64, sparse: bool) -> Result<(), Errno> {
+/// Copies a blob's data, leaving its holes out. Fails with `CANCELED` soon after `cancel` is set.
+fn copy(from: &File, to: &File, size: u64, sparse: bool, cancel: &AtomicBool) -> Result<(), Errno> {
     if !sparse {
-        return copy_run(from, to, 0, size);
+        return copy_run(from, to, 0, size, cancel);
     }
     let mut at = 0;
     while at < size {
@@ -395,23 +400,26 @@ fn copy(from: &File, to: &File, size: u64, sparse: bool) -> Result<(), Errno> {
             Err(error) => return Err(error),
         };
         let end = rustix::fs::seek(from, SeekFrom::Hole(start))?;
-        copy_run(from, to, start, end.min(size))?;
+        copy_run(from, to, start, end.min(size), cancel)?;
         at = end;
     }
     disk::truncate(Step::ExportTruncate, to, size)
 }
 
-fn copy_run(from: &File, to: &File, start: u64, end: u64) -> Result<(), Errno> {
+fn copy_run(from: &File, to: &File, start: u64, end: u64, cancel: &AtomicBool) -> Result<(), Errno> {
     let (mut read_at, mut write_at) = (start, start);
     while read_at < end {
-        let length = usize::try_from(end - read_at).unwrap_or(usize::MAX).min(1 << 30);
+        if cancel.load(Ordering::Relaxed) {
+            return Err(Errno::CANCELED);
+        }
+        let length = usize::try_from(end - read_at).unwrap_or(usize::MAX).min(COPY);
         match disk::copy(Step::ExportCopy, from, &mut read_at, to, &mut write_at, length) {
             // A file that is shorter than its length said a moment ago: never on a healthy store.
             Ok(0) => return Err(Errno::IO),
             Ok(_) | Err(Errno::INTR) => {}
             // Between file systems, or one that cannot: through memory.
             Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL) => {
-                return copy_through(from, to, read_at, end);
+                return copy_through(from, to, read_at, end, cancel);
             }
             Err(error) => return Err(error),
         }
@@ -419,9 +427,12 @@ fn copy_run(from: &File, to: &File, start: u64, end: u64) -> Result<(), Errno> {
     Ok(())
 }
 
-fn copy_through(from: &File, to: &File, mut at: u64, end: u64) -> Result<(), Errno> {
+fn copy_through(from: &File, to: &File, mut at: u64, end: u64, cancel: &AtomicBool) -> Result<(), Errno> {
     let mut buffer = vec![0; 1 << 17];
     while at < end {
+        if cancel.load(Ordering::Relaxed) {
+            return Err(Errno::CANCELED);
+        }
         let length = usize::try_from(end - at).unwrap_or(usize::MAX).min(buffer.len());
         let read = match disk::pread(Step::ExportRead, from, &mut buffer[..length], at) {
             Ok(0) => return Err(Errno::IO),
@@ -434,4 +445,24 @@ fn copy_through(from: &File, to: &File, mut at: u64, end: u64) -> Result<(), Err
         at += read as u64;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_copy_of_a_large_file_is_cancelled_in_its_middle() {
+        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        std::io::Write::write_all(&mut &from, &[7; 1000]).unwrap();
+        let cancel = AtomicBool::new(true);
+        for sparse in [false, true] {
+            assert_eq!(copy(&from, &to, 1000, sparse, &cancel), Err(Errno::CANCELED));
+        }
+        assert_eq!(copy_through(&from, &to, 0, 1000, &cancel), Err(Errno::CANCELED));
+        assert_eq!(to.metadata().unwrap().len(), 0);
+        cancel.store(false, Ordering::Relaxed);
+        assert_eq!(copy(&from, &to, 1000, false, &cancel), Ok(()));
+        assert_eq!(to.metadata().unwrap().len(), 1000);
+    }
 }

@@ -11,7 +11,7 @@ use rustix::net::{
     AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
     connect, recv, sendmsg, socket_with,
 };
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, Uid, kill_process};
 use serde_json::{Value, json};
 
 use crate::support::{LarderProcess, free_port, larder_process};
@@ -113,7 +113,7 @@ async fn a_stale_socket_is_replaced_and_a_killed_agent_is_no_obstacle() {
 
 #[tokio::test]
 async fn a_client_that_is_interrupted_or_killed_cancels_its_command() {
-    let place = Place::new();
+    let place = Place::with_store();
     let agent = agent(&place).await;
     let staged = || !place.staging_is_empty();
     let eventually = |what: &str, check: &dyn Fn() -> bool| {
@@ -141,13 +141,21 @@ async fn a_client_that_is_interrupted_or_killed_cancels_its_command() {
 
 /// Sends a packet, and gives the answer.
 fn send(place: &Place, bytes: &[u8], files: &[OwnedFd]) -> Value {
+    send_as(None, place, bytes, files)
+}
+
+/// As another user, if one is given: of this thread alone.
+fn send_as(user: Option<Uid>, place: &Place, bytes: &[u8], files: &[OwnedFd]) -> Value {
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
-    // Relative to the working directory of no test: a path to a socket is short.
+    // A path to a socket may have no more than 107 bytes.
     let folder = fs::File::open(place.store()).unwrap();
     let path = format!(
         "/proc/self/fd/{}/control.sock",
         std::os::fd::AsRawFd::as_raw_fd(&folder)
     );
+    if user.is_some() {
+        rustix::thread::set_thread_res_uid(user, user, user).unwrap();
+    }
     connect(&socket, &SocketAddrUnix::new(path).unwrap()).unwrap();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(250))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -157,13 +165,18 @@ fn send(place: &Place, bytes: &[u8], files: &[OwnedFd]) -> Value {
     }
     sendmsg(&socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
     let mut answer = vec![0; 1 << 16];
-    let (length, _) = recv(&socket, &mut answer[..], rustix::net::RecvFlags::empty()).unwrap();
+    let mut receive = || recv(&socket, &mut answer[..], rustix::net::RecvFlags::empty());
+    let (length, _) = match receive() {
+        // Told once, before the answer of an agent that refused without reading.
+        Err(rustix::io::Errno::CONNRESET) => receive().unwrap(),
+        other => other.unwrap(),
+    };
     serde_json::from_slice(&answer[..length]).unwrap()
 }
 
 #[tokio::test]
 async fn whatever_comes_by_the_socket_the_agent_lives_and_says_what_is_wrong() {
-    let place = Place::new();
+    let place = Place::with_store();
     let mut agent = agent(&place).await;
     let null = || OwnedFd::from(fs::File::options().read(true).write(true).open("/dev/null").unwrap());
     let three = || vec![null(), null(), null()];
@@ -206,7 +219,7 @@ async fn whatever_comes_by_the_socket_the_agent_lives_and_says_what_is_wrong() {
 
 #[tokio::test]
 async fn more_clients_than_the_agent_serves_are_told_to_come_back() {
-    let place = Place::new();
+    let place = Place::with_store();
     let _agent = agent(&place).await;
     let mut waiting: Vec<_> = (0..16)
         .map(|_| place.command(&["put"]).stdin(Stdio::piped()).spawn().unwrap())
@@ -233,4 +246,21 @@ async fn more_clients_than_the_agent_serves_are_told_to_come_back() {
         end(child).done();
     }
     place.run(&["gc"]).done();
+}
+
+#[tokio::test]
+async fn a_user_who_is_not_root_is_refused_even_where_the_folder_lets_everybody_in() {
+    let place = Place::with_store();
+    let _agent = agent(&place).await;
+    let open = |path: &str, mode| {
+        use std::os::unix::fs::PermissionsExt;
+        fs::set_permissions(place.store().join(path), fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open("", 0o755);
+    open("control.sock", 0o666);
+    let answer = std::thread::scope(|scope| {
+        let as_nobody = scope.spawn(|| send_as(Some(Uid::from_raw(65534)), &place, b"{}", &[]));
+        as_nobody.join().unwrap()
+    });
+    assert_eq!(answer, json!({"refused": "it takes commands of root only"}));
 }

@@ -36,6 +36,24 @@ fn set_mtime(path: &Path, seconds: i64, nanos: u32) {
 /// `cap_net_raw+ep`, as the kernel keeps it (linux/capability.h, revision 2).
 const CAPABILITY: [u8; 20] = [1, 0, 0, 2, 0, 0x20, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
 
+/// `u::rw-,u:1000:r--,g::r--,m::r--,o::---`, as the kernel keeps it (linux/posix_acl_xattr.h).
+fn acl_for_user_1000() -> Vec<u8> {
+    const NO_ID: u32 = u32::MAX;
+    let mut bytes = 2u32.to_le_bytes().to_vec();
+    for (tag, rights, id) in [
+        (1u16, 6u16, NO_ID),
+        (2, 4, 1000),
+        (4, 4, NO_ID),
+        (0x10, 4, NO_ID),
+        (0x20, 0, NO_ID),
+    ] {
+        bytes.extend(tag.to_le_bytes());
+        bytes.extend(rights.to_le_bytes());
+        bytes.extend(id.to_le_bytes());
+    }
+    bytes
+}
+
 /// Everything that an entry can have, on names that not every program likes.
 fn rich(place: &Place) -> std::path::PathBuf {
     let dir = place.path("rich");
@@ -48,6 +66,9 @@ fn rich(place: &Place) -> std::path::PathBuf {
     set_xattr(&ping, "security.capability", &CAPABILITY);
     set_xattr(&ping, "user.k=%", b"v=\0\xff\n");
     set_mtime(&ping, 1_000_000_000, 123_456_789);
+    let acl = dir.join("acl");
+    fs::write(&acl, "").unwrap();
+    set_xattr(&acl, "system.posix_acl_access", &acl_for_user_1000());
     let su = dir.join("su");
     fs::write(&su, "su").unwrap();
     own(&su, 1234, 1234);
@@ -79,12 +100,12 @@ fn rich(place: &Place) -> std::path::PathBuf {
 
 #[test]
 fn links_capabilities_owners_and_times_come_back_as_they_were() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = rich(&place);
     place.run(&["build", text(&source), "--name", "rich"]).done();
     let out = place.path("out");
     let said = place.run(&["export", "rich", text(&out)]).done().text();
-    assert_eq!(said, format!("4 files, 1006 in {}\n", out.display()));
+    assert_eq!(said, format!("5 files, 1006 in {}\n", out.display()));
 
     let ping = out.join("ping");
     let stat = fs::metadata(&ping).unwrap();
@@ -94,6 +115,7 @@ fn links_capabilities_owners_and_times_come_back_as_they_were() {
     assert_eq!(fs::metadata(out.join("su")).unwrap().mode() & 0o7777, 0o4755);
     let link = fs::symlink_metadata(out.join(std::ffi::OsStr::from_bytes(b"l\xff"))).unwrap();
     assert_eq!((link.uid(), link.gid(), link.mtime(), link.mtime_nsec()), (7, 8, 5, 6));
+    assert_eq!(xattr(&out.join("acl"), "system.posix_acl_access"), acl_for_user_1000());
     let empty = fs::metadata(out.join("empty")).unwrap();
     assert_eq!((empty.mtime(), empty.mtime_nsec()), (9, 9));
     assert_eq!(xattr(&out.join("empty"), "trusted.t"), b"a\0b");
@@ -115,7 +137,7 @@ fn links_capabilities_owners_and_times_come_back_as_they_were() {
 
 #[test]
 fn gnu_tar_restores_a_stream_to_the_very_same_tree() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = rich(&place);
     place.run(&["build", text(&source), "--name", "rich"]).done();
     let tar = place.run(&["export", "--tar", "rich"]).done().out;
@@ -146,7 +168,7 @@ fn gnu_tar_restores_a_stream_to_the_very_same_tree() {
 
 #[test]
 fn a_stream_promises_no_content_that_is_not_as_long_as_its_tree_says() {
-    let place = Place::new();
+    let place = Place::with_store();
     let store = Store::open(&place.store(), Options::default()).unwrap();
     let build = store.build().unwrap();
     let blob = build.put_bytes(b"x").unwrap();
@@ -183,7 +205,7 @@ fn a_stream_promises_no_content_that_is_not_as_long_as_its_tree_says() {
 
 #[test]
 fn sockets_are_named_when_a_stream_lacks_them() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.source("source");
     let socket = source.join("sock");
     rustix::fs::mknodat(CWD, &socket, FileType::Socket, Mode::from_raw_mode(0o600), 0).unwrap();
@@ -203,7 +225,7 @@ fn sockets_are_named_when_a_stream_lacks_them() {
 
 #[test]
 fn links_that_lead_out_are_restored_and_never_followed() {
-    let place = Place::new();
+    let place = Place::with_store();
     let (source, outside) = (place.path("source"), place.path("outside"));
     fs::create_dir_all(source.join("usr/bin")).unwrap();
     fs::create_dir_all(source.join("var")).unwrap();

@@ -83,7 +83,7 @@ fn a_full_disk_is_told_from_other_errors_and_leaves_nothing_staged() {
 
 #[test]
 fn what_cannot_be_kept_or_read_fails_a_build_and_is_named_and_a_fifo_holds_nothing_up() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.path("source");
     fs::create_dir_all(source.join("nodir")).unwrap();
     let special = |name: &str, kind, device| {
@@ -143,7 +143,7 @@ fn what_cannot_be_kept_or_read_fails_a_build_and_is_named_and_a_fifo_holds_nothi
 
 #[test]
 fn an_interrupted_build_ends_with_130_and_leaves_nothing_staged() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.path("source");
     fs::create_dir(&source).unwrap();
     // Enough that the signal comes first.
@@ -164,7 +164,7 @@ fn an_interrupted_build_ends_with_130_and_leaves_nothing_staged() {
 
 #[test]
 fn an_interrupted_put_that_waits_for_its_stdin_ends_at_once() {
-    let place = Place::new();
+    let place = Place::with_store();
     let mut child = place.command(&["put"]).stdin(Stdio::piped()).spawn().unwrap();
     child.stdin.as_mut().unwrap().write_all(b"half").unwrap();
     wait_for_staging(&place);
@@ -178,7 +178,7 @@ fn an_interrupted_put_that_waits_for_its_stdin_ends_at_once() {
 
 #[test]
 fn an_interrupted_export_removes_what_it_wrote() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.path("source");
     fs::create_dir(&source).unwrap();
     for number in 0..20_000u32 {
@@ -199,7 +199,7 @@ fn an_interrupted_export_removes_what_it_wrote() {
 
 #[test]
 fn a_closed_pipe_ends_a_command_without_a_word() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.path("source");
     fs::create_dir(&source).unwrap();
     for number in 0..2000u32 {
@@ -221,4 +221,32 @@ fn a_closed_pipe_ends_a_command_without_a_word() {
         let ran = end(child);
         assert_eq!((ran.code, ran.err.as_str()), (141, ""), "{args:?}");
     }
+}
+
+#[test]
+fn long_work_draws_a_bar_on_a_terminal_and_nowhere_else() {
+    let place = Place::with_store();
+    let source = place.source("source");
+    let on_terminal = |format: &str| {
+        // script(1) gives the command a terminal; stdout goes elsewhere.
+        let out = place.path("out");
+        let larder = env!("CARGO_BIN_EXE_larder");
+        let command = format!(
+            "{larder} store build {} --name t -o {format} >{}",
+            text(&source),
+            text(&out)
+        );
+        let mut script = Command::new("script");
+        script.args(["-qec", &command, "/dev/null"]);
+        script.env("LARDER_STORE", place.store()).env("TERM", "xterm");
+        let output = script.stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success());
+        assert!(fs::read_to_string(&out).unwrap().contains("local/t"));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let drawn = on_terminal("text");
+    assert!(drawn.contains("reading, distinct contents"), "{drawn:?}");
+    assert_eq!(on_terminal("json"), "");
+    // Here stderr is a pipe.
+    place.run(&["build", text(&source), "--name", "t"]).done();
 }

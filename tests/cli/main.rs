@@ -29,8 +29,8 @@ pub struct Ran {
 }
 
 impl Place {
-    /// With a new store.
-    pub fn new() -> Place {
+    /// With a new store, of nothing.
+    pub fn with_store() -> Place {
         let place = Place::empty();
         place.run(&["init"]).done();
         place
@@ -62,7 +62,7 @@ impl Place {
 
     /// The store with [`Place::source`] built as `local/t`.
     pub fn built() -> Place {
-        let place = Place::new();
+        let place = Place::with_store();
         let source = place.source("source");
         place.run(&["build", text(&source), "--name", "t"]).done();
         place

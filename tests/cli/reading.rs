@@ -12,7 +12,7 @@ use crate::{HELLO, NOTHING, Place, text};
 
 #[test]
 fn an_empty_store_says_so_in_every_list() {
-    let place = Place::new();
+    let place = Place::with_store();
     assert_eq!(
         place.run(&["ls"]).done().text(),
         "no refs; `larder store build DIR --name NAME` makes one\n"
@@ -205,7 +205,7 @@ fn odd_tree(place: &Place) {
 
 #[test]
 fn the_composefs_dump_of_every_type_of_entry_is_as_its_manual_says() {
-    let place = Place::new();
+    let place = Place::with_store();
     odd_tree(&place);
     let object = "58/91b5b522d5df086d0ff0b110fbd9d21bb4fc7163af34d08286a2e846f6be03";
     let xattrs = r"user.a\x3db=x\x3d\x00\xff\x20y user.empty=";
@@ -229,7 +229,7 @@ fn the_composefs_dump_of_every_type_of_entry_is_as_its_manual_says() {
 
 #[test]
 fn the_json_of_a_tree_has_every_detail_and_loses_no_byte_of_a_name() {
-    let place = Place::new();
+    let place = Place::with_store();
     odd_tree(&place);
     let tree = place.run(&["show", "odd", "--json"]).done().json();
     assert_eq!(place.json(&["show", "odd"]), tree);

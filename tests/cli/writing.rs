@@ -36,7 +36,7 @@ fn a_store_is_made_once_and_never_by_a_slip() {
 
 #[test]
 fn contents_are_put_from_stdin_and_files_and_told_new_or_known() {
-    let place = Place::new();
+    let place = Place::with_store();
     let put = place.run_with(&["put"], b"hello\n").done().text();
     assert_eq!(put, format!("{HELLO}  6  new  -\n"));
     let put = place.run_with(&["put", "-o", "json"], b"hello\n").done().json();
@@ -88,7 +88,7 @@ fn a_put_of_what_was_damaged_heals_it() {
 
 #[test]
 fn a_folder_is_built_under_a_name_and_its_former_trees_are_history() {
-    let place = Place::new();
+    let place = Place::with_store();
     let source = place.source("source");
     let built = place.json(&["build", text(&source), "--name", "t", "--history-limit", "1"]);
     assert_eq!(
