@@ -77,7 +77,7 @@ struct Disk {
     problem: Option<String>,
     records: Vec<LayerRecord>,
     /// Runs the writing commands of `larder store` until it is dropped.
-    control: Control,
+    control: Option<Control>,
     /// Told after each of them.
     commands: Arc<Notify>,
 }
@@ -190,7 +190,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
     // Last, when nothing can fail any more: from here on others have the agent work.
     let commands = Arc::new(Notify::new());
     let told = commands.clone();
-    let control = Control::open(builder.layers.clone(), move || told.notify_one())?;
+    let control = Control::open(builder.layers.clone(), move || told.notify_one());
     Ok(Disk {
         // Either file only saves work: without it the API server is asked, and retention waits for its next time.
         spec: or_none(saved::load(&options.root.join(saved::SPEC))),
@@ -199,7 +199,10 @@ fn open(options: &Options) -> Result<Disk, Error> {
         refs,
         problem,
         records,
-        control,
+        // The node's work does not need it.
+        control: control
+            .inspect_err(|error| warn!(%error, "no commands of larder store are taken"))
+            .ok(),
         commands,
     })
 }

@@ -264,3 +264,20 @@ async fn a_user_who_is_not_root_is_refused_even_where_the_folder_lets_everybody_
     });
     assert_eq!(answer, json!({"refused": "it takes commands of root only"}));
 }
+
+#[tokio::test]
+async fn an_agent_whose_socket_cannot_be_made_works_all_the_same_and_takes_no_commands() {
+    let place = Place::with_store();
+    fs::create_dir(place.store().join("control.sock")).unwrap();
+    let agent = agent(&place).await;
+    assert!(
+        agent.log().contains("no commands of larder store are taken"),
+        "{}",
+        agent.log_end()
+    );
+    let pid = format!("the process {}", agent.pid());
+    place
+        .run(&["gc"])
+        .failed(4, &[&pid, "takes no commands on control.sock"]);
+    place.run(&["ls"]).done();
+}
