@@ -220,7 +220,7 @@ impl Reader {
         self.folder.refs()
     }
 
-    /// One ref; `None` if there is none. Fails with [`Error::BadRef`] if it cannot be read.
+    /// One ref; `None` if there is none. Fails with [`Error::BadRef`] if it is damaged.
     pub fn get_ref(&self, name: &RefName) -> Result<Option<Ref>, Error> {
         self.folder.read_ref(name)
     }
@@ -261,13 +261,18 @@ impl Folder {
             name: name.to_string(),
             message,
         };
+        // What is no file is damage. Any other failure may pass: the ref is not to be written over for it.
+        let failed = |error: io::Error| match error.raw_os_error() {
+            Some(libc::ELOOP | libc::EISDIR | libc::ENXIO) => bad(error.to_string()),
+            _ => Error::io("read", self.path(name.path()), error),
+        };
         let file = match disk::open_file(&self.dir, name.path()) {
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
-            other => other.map_err(|e| bad(io::Error::from(e).to_string()))?,
+            other => other.map_err(|e| failed(e.into()))?,
         };
         let mut text = Vec::new();
         let mut limited = io::Read::take(disk::Reader::new(Step::RefRead, &file), MAX_REF + 1);
-        io::Read::read_to_end(&mut limited, &mut text).map_err(|e| bad(e.to_string()))?;
+        io::Read::read_to_end(&mut limited, &mut text).map_err(failed)?;
         if text.len() as u64 > MAX_REF {
             return Err(bad(format!("it is larger than {MAX_REF} bytes")));
         }
