@@ -1,5 +1,7 @@
 //! What the tests' program does at a step: nothing, unless [`arm`] has been called in this process.
 
+use std::os::fd::AsRawFd;
+use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -17,11 +19,11 @@ pub enum Fault {
     Fail(Errno),
     /// A read or write does one byte, and goes on as if nothing were amiss.
     Short,
-    /// A read finds the end, a write does nothing.
+    /// A write does nothing.
     Nothing,
-    /// The process stops (SIGSTOP) before the call, for its parent to do something to the disk.
-    StopBefore,
-    StopAfter,
+    /// The store's file system is shut down before the call, as by a power cut, and the process killed.
+    CutBefore,
+    CutAfter,
 }
 
 /// A fault, and when: at which step, and which time that it is reached (from 1).
@@ -29,6 +31,7 @@ pub type Struck = (Step, u64, Fault);
 
 struct Hook {
     faults: Vec<Struck>,
+    store: PathBuf,
     /// How often each step was reached, by its place in [`Step::ALL`].
     reached: Vec<AtomicU64>,
 }
@@ -43,9 +46,13 @@ impl Hook {
 static HOOK: OnceLock<Hook> = OnceLock::new();
 
 /// From now on steps are counted, and faults happen. For a process of its own: other tests would be struck too.
-pub fn arm(faults: Vec<Struck>) {
-    let reached = Step::ALL.iter().map(|_| AtomicU64::new(0)).collect();
-    assert!(HOOK.set(Hook { faults, reached }).is_ok(), "armed twice");
+pub fn arm(faults: Vec<Struck>, store: &Path) {
+    let hook = Hook {
+        faults,
+        store: store.to_owned(),
+        reached: Step::ALL.iter().map(|_| AtomicU64::new(0)).collect(),
+    };
+    assert!(HOOK.set(hook).is_ok(), "armed twice");
 }
 
 /// How often each step has been reached since [`arm`].
@@ -55,13 +62,45 @@ pub fn reached() -> Vec<(Step, u64)> {
     Step::ALL.iter().copied().zip(counts).collect()
 }
 
-fn signal(signal: Signal) {
-    kill_process(getpid(), signal).unwrap();
-    if signal == Signal::KILL {
-        // Until it is delivered to this thread.
-        loop {
-            std::thread::park();
+fn die() -> ! {
+    kill_process(getpid(), Signal::KILL).unwrap();
+    // Until it reaches this thread.
+    loop {
+        std::thread::park();
+    }
+}
+
+/// How much a file system may still write when it is shut down: `FS_IOC_SHUTDOWN` of the kernel's `linux/fs.h`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Shutdown {
+    /// All that it holds.
+    Flush = 0,
+    /// What is in its journal.
+    FlushLog = 1,
+    /// Nothing: a power cut.
+    Nothing = 2,
+}
+
+/// Shuts down the file system that a folder is on; it fails everything until it is mounted anew.
+pub fn shut_down(folder: &Path, how: Shutdown) {
+    const FS_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
+    let folder = std::fs::File::open(folder).unwrap();
+    let how = how as u32;
+    // SAFETY: the kernel reads one `u32` through the pointer, which lives until the call returns.
+    let result = unsafe { libc::ioctl(folder.as_raw_fd(), FS_IOC_SHUTDOWN, &raw const how) };
+    assert_eq!(result, 0, "FS_IOC_SHUTDOWN: {}", std::io::Error::last_os_error());
+}
+
+fn strike(hook: &Hook, fault: Option<Fault>, after: bool) {
+    match (fault, after) {
+        (Some(Fault::KillBefore), false) | (Some(Fault::KillAfter), true) => die(),
+        (Some(Fault::CutBefore), false) | (Some(Fault::CutAfter), true) => {
+            // Before it is made, the store has no folder of its own.
+            let folder = hook.store.ancestors().find(|folder| folder.exists()).unwrap();
+            shut_down(folder, Shutdown::Nothing);
+            die()
         }
+        _ => {}
     }
 }
 
@@ -69,18 +108,12 @@ pub fn at<T>(step: Step, call: impl FnOnce() -> Result<T, Errno>) -> Result<T, E
     let Some(hook) = HOOK.get() else { return call() };
     let count = 1 + hook.reached[step as usize].fetch_add(1, Ordering::Relaxed);
     let fault = hook.find(step, count);
-    match fault {
-        Some(Fault::KillBefore) => signal(Signal::KILL),
-        Some(Fault::StopBefore) => signal(Signal::STOP),
-        Some(Fault::Fail(errno)) => return Err(errno),
-        _ => {}
+    strike(hook, fault, false);
+    if let Some(Fault::Fail(errno)) = fault {
+        return Err(errno);
     }
     let result = call();
-    match fault {
-        Some(Fault::KillAfter) => signal(Signal::KILL),
-        Some(Fault::StopAfter) => signal(Signal::STOP),
-        _ => {}
-    }
+    strike(hook, fault, true);
     result
 }
 

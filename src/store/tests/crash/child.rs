@@ -1,9 +1,10 @@
 //! The process that is struck: this test program once more, with one test that lives a life.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use rustix::io::Errno;
 
@@ -13,6 +14,8 @@ use crate::store::disk::hook::{self, Fault, Struck};
 
 /// Tells a process what to work on: the store, the folder to export to, and the faults, a line each.
 const WORK: &str = "LARDER_TEST_CRASH";
+/// Tells it to live once more if its first life fails.
+const AGAIN: &str = "LARDER_TEST_CRASH_AGAIN";
 
 /// What a process is to do, and what happens to it meanwhile.
 #[derive(Debug, Clone)]
@@ -20,6 +23,8 @@ pub struct Work {
     pub store: PathBuf,
     pub out: PathBuf,
     pub faults: Vec<Struck>,
+    /// Is it to live once more if its first life fails?
+    pub again: bool,
 }
 
 /// How a process ended.
@@ -37,6 +42,8 @@ pub struct Life {
     pub ended: Ended,
     /// How often it reached each step; empty if it was killed.
     pub reached: BTreeMap<Step, u64>,
+    /// What it said that it does and has done.
+    pub said: Vec<String>,
     pub output: String,
 }
 
@@ -65,8 +72,8 @@ pub fn detours() -> Vec<Vec<Struck>> {
 const FAULTS: &[(&str, Fault)] = &[
     ("kill-before", Fault::KillBefore),
     ("kill-after", Fault::KillAfter),
-    ("stop-before", Fault::StopBefore),
-    ("stop-after", Fault::StopAfter),
+    ("cut-before", Fault::CutBefore),
+    ("cut-after", Fault::CutAfter),
     ("eio", Fault::Fail(Errno::IO)),
     ("ebadmsg", Fault::Fail(Errno::BADMSG)),
     ("enospc", Fault::Fail(Errno::NOSPC)),
@@ -97,8 +104,19 @@ fn lives() {
     let Ok(work) = std::env::var(WORK) else { return };
     let mut lines = work.lines();
     let (store, out) = (lines.next().unwrap(), lines.next().unwrap());
-    hook::arm(lines.map(read).collect());
-    let ended = match life::live(Path::new(store), Path::new(out)) {
+    hook::arm(lines.map(read).collect(), Path::new(store));
+    let mut say = |what: &str, name: &str, digest: &str| {
+        // At once: the next line of code may be the last. The test's harness has begun a line of its own.
+        print!("\nsaid {what} {name} {digest}\n");
+        std::io::stdout().flush().unwrap();
+    };
+    let mut lived = life::live(Path::new(store), Path::new(out), &mut say);
+    if let (Err(error), true) = (&lived, std::env::var_os(AGAIN).is_some()) {
+        println!("\nfailed once: {error}");
+        say("failed", "-", "-");
+        lived = life::live(Path::new(store), Path::new(out), &mut say);
+    }
+    let ended = match lived {
         Ok(()) => "done".to_owned(),
         Err(error) => format!("failed: {error}"),
     };
@@ -113,6 +131,9 @@ pub fn command(work: &Work) -> Command {
     let mut text = vec![work.store.display().to_string(), work.out.display().to_string()];
     text.extend(work.faults.iter().map(written));
     let mut command = Command::new(std::env::current_exe().unwrap());
+    if work.again {
+        command.env(AGAIN, "");
+    }
     command
         .args([
             "--exact",
@@ -130,7 +151,11 @@ pub fn command(work: &Work) -> Command {
 
 /// Has a process live its life, to whatever end.
 pub fn live(work: &Work) -> Life {
-    let output = command(work).output().unwrap();
+    outcome(work, &command(work).output().unwrap())
+}
+
+/// What a process did, by its output.
+pub fn outcome(work: &Work, output: &Output) -> Life {
     let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
     let mut reached = BTreeMap::new();
     for line in text.lines().filter_map(|line| line.strip_prefix("reached ")) {
@@ -145,9 +170,11 @@ pub fn live(work: &Work) -> Life {
         (None, None) if output.status.success() => Ended::Done,
         _ => panic!("{work:?}: {:?}\n{text}", output.status),
     };
+    let said = text.lines().filter_map(|line| line.strip_prefix("said "));
     Life {
         ended,
         reached,
+        said: said.map(str::to_owned).collect(),
         output: text,
     }
 }

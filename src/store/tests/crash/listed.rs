@@ -118,14 +118,16 @@ fn only_the_disk_module_changes_the_disk() {
 #[test]
 fn every_step_is_reached_by_the_work_that_is_interrupted() {
     let dir = tempfile::tempdir().unwrap();
+    let ram = Ram::new(dir.path());
     // Where blocks can be shared, and the tree is written to another file system.
-    let (disk, _guard) = disk_of(dir.path(), 320, "xfs", &[]);
+    let disk = Disk::new(ram.path(), "xfs", 320);
     let mut reached: BTreeMap<Step, u64> = BTreeMap::new();
     for (number, faults) in detours().into_iter().enumerate() {
         let work = Work {
-            store: disk.join(format!("store-{number}")),
+            store: disk.path().join(format!("store-{number}")),
             out: dir.path().join(format!("out-{number}")),
             faults: faults.clone(),
+            again: false,
         };
         let life = live(&work);
         // A full disk is got round, a disk with errors is not.

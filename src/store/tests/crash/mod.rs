@@ -3,10 +3,21 @@
 //! A process of its own lives a whole [`life`] of a store, is struck at a step that the test names, and what it leaves
 //! is looked at by a checker that uses none of the store's code.
 
+mod check;
 mod child;
+mod disks;
+mod full;
+mod kills;
 mod life;
 mod listed;
+mod power;
+mod rounds;
+mod unreadable;
 
-use super::full_disk::{disk_of, noise};
+use super::full_disk::{Unmount, noise};
 use crate::store::disk::Step;
-use child::{Ended, Work, detours, live};
+use crate::store::disk::hook::Fault;
+use check::{Promise, State, look, staged};
+use child::{Ended, Life, Work, detours, live};
+use disks::{Disk, Ram};
+use rounds::Rounds;

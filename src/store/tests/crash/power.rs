@@ -1,0 +1,75 @@
+//! Power cuts: the file system is shut down, and mounted again from its journal.
+
+use rand::Rng;
+
+use super::child::{command, outcome};
+use super::rounds::{Target, by_patience};
+use super::*;
+use crate::store::disk::hook::{Shutdown, shut_down};
+
+fn at_steps(kind: &str, megabytes: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let ram = Ram::new(dir.path());
+    let disk = Disk::new(ram.path(), kind, megabytes);
+    let folder = disk.path().to_owned();
+    let mut rounds = Rounds::new(&folder, ram.path(), Some(disk));
+    for (target, step, time) in rounds.some(by_patience(60, 2000)) {
+        let fault = match rounds.rng.random_bool(0.5) {
+            true => Fault::CutBefore,
+            false => Fault::CutAfter,
+        };
+        rounds.strike(&target, (step, time, fault), false);
+    }
+    println!("{:?}", rounds.ended);
+    assert!(rounds.ended["killed"] > 50);
+}
+
+#[test]
+fn a_power_cut_at_a_step_loses_nothing_that_was_published_on_ext4() {
+    at_steps("ext4", 96);
+}
+
+#[test]
+fn a_power_cut_at_a_step_loses_nothing_that_was_published_on_xfs() {
+    at_steps("xfs", 320);
+}
+
+/// The disk is cut off at a moment that the process knows nothing of, while it works or waits for a sync.
+fn at_any_moment(kind: &str, megabytes: u64) {
+    let dir = tempfile::tempdir().unwrap();
+    let ram = Ram::new(dir.path());
+    let disk = Disk::new(ram.path(), kind, megabytes);
+    let folder = disk.path().to_owned();
+    let mut rounds = Rounds::new(&folder, ram.path(), Some(disk));
+    for round in 0..by_patience(30, 2000) {
+        let target = Target {
+            new: round % 2 == 0,
+            detour: Vec::new(),
+        };
+        let delay = rounds.lasts.mul_f64(rounds.rng.random());
+        let how = match rounds.rng.random_range(0..6) {
+            0 => Shutdown::Flush,
+            1 => Shutdown::FlushLog,
+            _ => Shutdown::Nothing,
+        };
+        let _context = rounds.begin(&format!("{how:?} after {delay:?} of {target:?}"), &target);
+        let work = rounds.work(&target, None, false);
+        let mut child = command(&work).spawn().unwrap();
+        std::thread::sleep(delay);
+        shut_down(&folder, how);
+        let _ = child.kill();
+        let life = outcome(&work, &child.wait_with_output().unwrap());
+        rounds.judge(&target, false, &life);
+    }
+    println!("{:?}", rounds.ended);
+}
+
+#[test]
+fn a_power_cut_at_any_moment_loses_nothing_that_was_published_on_ext4() {
+    at_any_moment("ext4", 96);
+}
+
+#[test]
+fn a_power_cut_at_any_moment_loses_nothing_that_was_published_on_xfs() {
+    at_any_moment("xfs", 320);
+}
