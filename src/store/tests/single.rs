@@ -24,7 +24,7 @@ fn a_reader_sees_what_its_neighbour_publishes_and_is_told_what_that_one_deletes(
     assert_eq!(reader.copy(&digest, &mut bytes).unwrap().unwrap(), 3);
     assert_eq!(bytes, b"one");
     // Others use the disk too.
-    let counted = |usage: Usage| Usage { free: 0, ..usage };
+    let counted = |usage: crate::store::Usage| crate::store::Usage { free: 0, ..usage };
     assert_eq!(counted(reader.usage().unwrap()), counted(store.usage().unwrap()));
     assert_eq!(reader.shard(digest.as_bytes()[0]).unwrap()[0].digest, digest);
     let open = reader.read(&digest).unwrap();
