@@ -20,8 +20,8 @@ struct Turns {
 
 struct State {
     rng: StdRng,
-    /// How likely the turn passes on at a point.
-    chance: f64,
+    /// How likely each passes its turn on at a point. They differ, so that one is slow while another goes far.
+    chances: Vec<f64>,
     turn: usize,
     alive: Vec<bool>,
     waited: u32,
@@ -35,7 +35,10 @@ thread_local! {
 pub fn take_turns(seed: u64, works: Vec<Box<dyn FnOnce() + Send + '_>>) {
     let mut rng = StdRng::seed_from_u64(seed);
     let state = State {
-        chance: [0.5, 0.1, 0.02][rng.random_range(0..3)],
+        chances: works
+            .iter()
+            .map(|_| [0.3, 0.05, 0.01, 0.002][rng.random_range(0..4)])
+            .collect(),
         turn: rng.random_range(0..works.len()),
         alive: vec![true; works.len()],
         waited: 0,
@@ -99,7 +102,7 @@ pub fn point() {
     if let Some((turns, me)) = mine() {
         let mut state = turns.lock();
         state.waited = 0;
-        let chance = state.chance;
+        let chance = state.chances[me];
         if state.rng.random_bool(chance) {
             turns.pass(&mut state, me);
         }

@@ -67,7 +67,7 @@ enum Work {
 impl Work {
     fn any(rng: &mut StdRng) -> Work {
         let (tree, name) = (rng.random_range(0..TREES.len()), rng.random_range(0..2));
-        match rng.random_range(0..12) {
+        match rng.random_range(0..14) {
             0..5 => Work::Build {
                 tree,
                 name,
@@ -75,9 +75,9 @@ impl Work {
             },
             5 => Work::FailedBuild { tree },
             6 | 7 => Work::Hold { tree },
-            8 => Work::Layer { tree },
-            9 => Work::Retire { name },
-            10 => Work::Forget { name },
+            8..11 => Work::Layer { tree },
+            11 => Work::Retire { name },
+            12 => Work::Forget { name },
             _ => Work::Collect {
                 keeps_history: rng.random_bool(0.3),
             },
@@ -169,14 +169,31 @@ fn check_tree(store: &Store, digest: &TreeDigest) {
     }
 }
 
-/// Some works before, one after another, and some at once, of which one at least is a collection.
+/// Some works first, one after another, then some at once, of which one at least is a collection.
 fn try_order(root: &std::path::Path, seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     let place = Place {
         store: Store::open(root, Options::default()).unwrap(),
         layers: Mutex::default(),
     };
-    let before: Vec<Work> = (0..rng.random_range(0..6)).map(|_| Work::any(&mut rng)).collect();
+    // What there is at first: current trees, history, orphans.
+    let mut before = Vec::new();
+    for tree in 0..TREES.len() {
+        let name = rng.random_range(0..2);
+        if rng.random_bool(0.6) {
+            let history_limit = rng.random_range(0..3);
+            before.push(Work::Build {
+                tree,
+                name,
+                history_limit,
+            });
+        }
+        match rng.random_range(0..4) {
+            0 => before.push(Work::Retire { name }),
+            1 | 2 => before.push(Work::Forget { name }),
+            _ => {}
+        }
+    }
     before.iter().for_each(|work| work.run(&place));
     let mut works: Vec<Work> = (0..rng.random_range(1..4)).map(|_| Work::any(&mut rng)).collect();
     works.push(Work::Collect { keeps_history: false });
@@ -214,7 +231,7 @@ fn the_store_loses_nothing_in_any_order_that_chance_finds() {
     let first: u64 = given.unwrap_or_else(|| rand::rng().random());
     let rounds = match std::env::var_os("LARDER_SOAK") {
         Some(_) => 20_000,
-        None => 200,
+        None => 300,
     };
     for round in 0..rounds {
         let root = memory.join("store");
