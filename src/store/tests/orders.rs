@@ -1,5 +1,6 @@
 //! The store's own code in orders that a seed decides (`turns.rs`): what `gc/model/` tries on a model in every order is
-//! tried here on the real thing, in some.
+//! tried here on the real thing, in some. Some hundred orders find that a lease, a hold or the second look at manifests
+//! does not count; what only a narrow order shows (that nothing is forgotten during a collection) is left to the model.
 
 use std::sync::Mutex;
 use std::time::SystemTime;
