@@ -144,13 +144,13 @@ fn survive_on(kind: &str, megabytes: u64, options: &[&str], largest: (u32, u32),
 
 #[test]
 fn any_folder_survives_the_store_on_ext4() {
-    survive_on("ext4", 128, &["-m0", "-b4096"], (0xfff, 0xf_ffff), 200);
+    survive_on("ext4", 128, &["-m0", "-b4096"], (0xfff, 0xf_ffff), 150);
 }
 
 /// Where data is shared by reflink, and a device has numbers of 9 and 18 bits.
 #[test]
 fn any_folder_survives_the_store_on_xfs() {
-    survive_on("xfs", 320, &[], (0x1ff, 0x3_ffff), 150);
+    survive_on("xfs", 320, &[], (0x1ff, 0x3_ffff), 100);
 }
 
 #[test]
