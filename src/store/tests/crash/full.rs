@@ -46,7 +46,7 @@ fn filled(kind: &str, megabytes: u64, take: fn(&Path, u64), needed: u64) {
     let ram = Ram::new(dir.path());
     let disk = Disk::new(ram.path(), kind, megabytes);
     let mut rounds = Rounds::new(disk.path(), ram.path(), None);
-    let all = by_patience(12, 300);
+    let all = by_patience(8, 300);
     for round in 0..all {
         let target = Target {
             new: round % 3 != 0,
@@ -106,7 +106,7 @@ fn thin(kind: &str, megabytes: u64, needed: u64) {
     let disk = Disk::new(ram.path(), kind, megabytes);
     let folder = disk.path().to_owned();
     let mut rounds = Rounds::new(&folder, out.path(), Some(disk));
-    let all = by_patience(10, 300);
+    let all = by_patience(8, 300);
     for round in 0..all {
         let target = Target {
             new: round % 3 != 0,

@@ -11,8 +11,7 @@ fn a_kill_at_any_step_loses_nothing_that_was_published() {
     let dir = tempfile::tempdir().unwrap();
     let ram = Ram::new(dir.path());
     let mut rounds = Rounds::new(ram.path(), ram.path(), None);
-    let (first, others) = by_patience((1, 1), (20, 40));
-    for (target, step, time) in rounds.plan(first, others) {
+    for (target, step, time) in rounds.plan(by_patience(2, usize::MAX)) {
         let fault = match rounds.rng.random_bool(0.5) {
             true => Fault::KillBefore,
             false => Fault::KillAfter,
@@ -20,7 +19,7 @@ fn a_kill_at_any_step_loses_nothing_that_was_published() {
         rounds.strike(&target, (step, time, fault), false);
     }
     println!("{:?}", rounds.ended);
-    assert!(rounds.ended["killed"] > 150);
+    assert!(rounds.ended["killed"] > 120);
 }
 
 /// Steps that move bytes, which a call may do in part.
@@ -49,8 +48,7 @@ fn an_error_at_any_step_spoils_nothing_and_the_same_work_heals_it() {
     let ram = Ram::new(dir.path());
     // The export is to another file system, for which data goes through memory.
     let mut rounds = Rounds::new(ram.path(), dir.path(), None);
-    let others = by_patience(0, 40);
-    for (target, step, time) in rounds.plan(1, others) {
+    for (target, step, time) in rounds.plan(by_patience(1, usize::MAX)) {
         let full = rounds.rng.random_bool(0.3);
         let error = Fault::Fail(if full { Errno::NOSPC } else { Errno::IO });
         let again = rounds.rng.random_bool(0.5);
@@ -63,7 +61,7 @@ fn an_error_at_any_step_spoils_nothing_and_the_same_work_heals_it() {
         }
     }
     println!("{:?}", rounds.ended);
-    assert!(rounds.ended["failed"] > 30 && rounds.ended["done"] > 30);
+    assert!(rounds.ended["failed"] > 10 && rounds.ended["done"] > 10);
 }
 
 #[test]

@@ -116,26 +116,28 @@ impl Rounds {
         }
     }
 
-    /// Everything that can be struck: each step on its first times and its last one, and some others by the seed.
-    pub fn plan(&mut self, first: u64, others: usize) -> Vec<(Target, Step, u64)> {
-        let mut plan = Vec::new();
+    /// What is struck: of each step so many of its times (all, if it has no more), chosen by the seed from its first
+    /// ones, its last one and others, of all targets.
+    pub fn plan(&mut self, of_each_step: usize) -> Vec<(Target, Step, u64)> {
+        let mut candidates: BTreeMap<Step, Vec<(Target, Step, u64)>> = BTreeMap::new();
         for (target, reached) in &self.reached {
             for (step, all) in reached.iter().filter(|(_, all)| **all > 0) {
-                let mut times: Vec<_> = (1..=*all.min(&first)).chain([*all]).collect();
-                times.extend((0..others).map(|_| self.rng.random_range(1..=*all)));
+                let mut times: Vec<_> = (1..=*all.min(&20)).chain([*all]).collect();
+                times.extend((0..20).map(|_| self.rng.random_range(1..=*all)));
                 times.sort_unstable();
                 times.dedup();
-                plan.extend(times.into_iter().map(|time| (target.clone(), *step, time)));
+                let found = times.into_iter().map(|time| (target.clone(), *step, time));
+                candidates.entry(*step).or_default().extend(found);
             }
         }
-        plan
-    }
-
-    /// Not more than so many of everything that can be struck, chosen by the seed.
-    pub fn some(&mut self, most: usize) -> Vec<(Target, Step, u64)> {
-        let mut plan = self.plan(1, by_patience(2, 40));
+        let mut plan = Vec::new();
+        for mut candidates in candidates.into_values() {
+            candidates.shuffle(&mut self.rng);
+            candidates.truncate(of_each_step);
+            plan.append(&mut candidates);
+        }
+        // What a round finds is what another has left: not always the same.
         plan.shuffle(&mut self.rng);
-        plan.truncate(most);
         plan
     }
 
