@@ -9,7 +9,7 @@ SHELL := /bin/bash
 # Whatever the caller's environment says: scripts look for the program here. (`make CARGO_TARGET_DIR=…` overrides it.)
 export CARGO_TARGET_DIR := $(CURDIR)/target
 
-SCRIPTS := hack/lib.sh hack/setup hack/build-tools hack/cluster hack/demo hack/fuzz .ci/run
+SCRIPTS := hack/lib.sh hack/setup hack/build-tools hack/cluster hack/demo hack/bench hack/fuzz .ci/run
 
 .PHONY: help
 help: ## This list
@@ -40,8 +40,8 @@ demo-stop: ## Ends what `make demo KEEP=1` left running
 	hack/demo --stop
 
 .PHONY: bench
-bench: setup tools ## Times and memory
-	cargo bench --locked
+bench: setup tools ## Times and memory against goals; ONLY=store or ONLY=ready runs one part
+	hack/bench $(ONLY)
 
 .PHONY: soak
 soak: setup tools ## The long forms of the tests, for the night

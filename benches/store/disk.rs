@@ -115,3 +115,13 @@ pub fn sh(command: &mut Command) {
     let messages = String::from_utf8_lossy(&out.stderr);
     assert!(out.status.success(), "{command:?} failed:\n{messages}");
 }
+
+/// A folder for what a part needs on disk, below `target/`, empty.
+pub fn work_dir(part: &str) -> PathBuf {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{part}"));
+    if dir.exists() {
+        fs::remove_dir_all(&dir).unwrap_or_else(|e| panic!("cannot remove {}: {e}", dir.display()));
+    }
+    fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("cannot create {}: {e}", dir.display()));
+    dir
+}

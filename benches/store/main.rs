@@ -34,7 +34,7 @@ fn main() {
         "the store's bench mounts file systems, so it needs root"
     );
     disk::private_mounts();
-    let dir = goals::work_dir("store");
+    let dir = disk::work_dir("store");
     let mut goals = Goals::new("store");
     let wanted = std::env::var("FILESYSTEMS").unwrap_or_else(|_| "ext4 xfs".to_owned());
     for kind in wanted.split_whitespace() {

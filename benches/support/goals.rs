@@ -1,7 +1,7 @@
 //! What a bench must reach: a line per goal at its end, and the same as JSON in `target/bench.json`.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -64,14 +64,4 @@ impl Goals {
         let text = serde_json::to_vec_pretty(&all).expect("plain values");
         fs::write(&path, text).unwrap_or_else(|e| panic!("cannot write {}: {e}", path.display()));
     }
-}
-
-/// A folder for what a part needs on disk, below `target/`, empty.
-pub fn work_dir(part: &str) -> PathBuf {
-    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bench-{part}"));
-    if dir.exists() {
-        fs::remove_dir_all(&dir).unwrap_or_else(|e| panic!("cannot remove {}: {e}", dir.display()));
-    }
-    fs::create_dir_all(&dir).unwrap_or_else(|e| panic!("cannot create {}: {e}", dir.display()));
-    dir
 }
