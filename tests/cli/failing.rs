@@ -245,7 +245,7 @@ fn long_work_draws_a_bar_on_a_terminal_and_nowhere_else() {
         String::from_utf8(output.stdout).unwrap()
     };
     let drawn = on_terminal("text");
-    assert!(drawn.contains("reading, distinct contents"), "{drawn:?}");
+    assert!(drawn.contains("reading, entries"), "{drawn:?}");
     assert_eq!(on_terminal("json"), "");
     // Here stderr is a pipe.
     place.run(&["build", text(&source), "--name", "t"]).done();
