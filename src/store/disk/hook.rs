@@ -22,8 +22,8 @@ pub enum Fault {
     /// A write does nothing.
     Nothing,
     /// The store's file system is shut down before the call, as by a power cut, and the process killed.
-    CutBefore,
-    CutAfter,
+    CutBefore(Shutdown),
+    CutAfter(Shutdown),
 }
 
 /// A fault, and when: at which step, and which time that it is reached (from 1).
@@ -75,7 +75,8 @@ fn die() -> ! {
 pub enum Shutdown {
     /// All that it holds.
     Flush = 0,
-    /// What is in its journal.
+    /// What is in its journal, so names, but not the data of files: as if the power were cut just after it did so by
+    /// itself.
     FlushLog = 1,
     /// Nothing: a power cut.
     Nothing = 2,
@@ -94,10 +95,10 @@ pub fn shut_down(folder: &Path, how: Shutdown) {
 fn strike(hook: &Hook, fault: Option<Fault>, after: bool) {
     match (fault, after) {
         (Some(Fault::KillBefore), false) | (Some(Fault::KillAfter), true) => die(),
-        (Some(Fault::CutBefore), false) | (Some(Fault::CutAfter), true) => {
+        (Some(Fault::CutBefore(how)), false) | (Some(Fault::CutAfter(how)), true) => {
             // Before it is made, the store has no folder of its own.
             let folder = hook.store.ancestors().find(|folder| folder.exists()).unwrap();
-            shut_down(folder, Shutdown::Nothing);
+            shut_down(folder, how);
             die()
         }
         _ => {}

@@ -10,7 +10,7 @@ use rustix::io::Errno;
 
 use super::life;
 use crate::store::disk::Step;
-use crate::store::disk::hook::{self, Fault, Struck};
+use crate::store::disk::hook::{self, Fault, Shutdown, Struck};
 
 /// Tells a process what to work on: the store, the folder to export to, and the faults, a line each.
 const WORK: &str = "LARDER_TEST_CRASH";
@@ -72,8 +72,10 @@ pub fn detours() -> Vec<Vec<Struck>> {
 const FAULTS: &[(&str, Fault)] = &[
     ("kill-before", Fault::KillBefore),
     ("kill-after", Fault::KillAfter),
-    ("cut-before", Fault::CutBefore),
-    ("cut-after", Fault::CutAfter),
+    ("cut-before", Fault::CutBefore(Shutdown::Nothing)),
+    ("cut-after", Fault::CutAfter(Shutdown::Nothing)),
+    ("log-and-cut-before", Fault::CutBefore(Shutdown::FlushLog)),
+    ("log-and-cut-after", Fault::CutAfter(Shutdown::FlushLog)),
     ("eio", Fault::Fail(Errno::IO)),
     ("ebadmsg", Fault::Fail(Errno::BADMSG)),
     ("enospc", Fault::Fail(Errno::NOSPC)),

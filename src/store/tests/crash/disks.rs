@@ -3,6 +3,10 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::mount::UnmountFlags;
 
 use super::Unmount;
 
@@ -107,6 +111,12 @@ impl Disk {
     }
 
     fn unmount(&self) {
-        run(Command::new("umount").arg(&self.mount));
+        let begun = Instant::now();
+        // A process that another test is just starting has our descriptors until it becomes another program.
+        while let Err(error) = rustix::mount::unmount(&self.mount, UnmountFlags::empty()) {
+            let patient = error == Errno::BUSY && begun.elapsed() < Duration::from_secs(20);
+            assert!(patient, "unmounting {}: {error}", self.mount.display());
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
