@@ -18,7 +18,7 @@ use crate::support::{LarderProcess, free_port, larder_process};
 use crate::{HELLO, Place, end, text};
 
 /// A real agent over the place's store, with an API server that is never there.
-async fn agent(place: &Place) -> LarderProcess {
+pub async fn agent(place: &Place) -> LarderProcess {
     let kubeconfig = place.path("kubeconfig");
     let config = json!({
         "apiVersion": "v1", "kind": "Config", "current-context": "none",

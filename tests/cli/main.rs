@@ -6,7 +6,9 @@ mod support;
 mod beside;
 mod exporting;
 mod failing;
+mod figures;
 mod reading;
+mod verifying;
 mod writing;
 
 use std::io::Write;
