@@ -117,7 +117,7 @@ impl Store {
 impl Build {
     /// Keeps a tree until the build is published or dropped, so that its contents may be named without having been put
     /// or found. Naming them does not count as a use of each; the tree's does. Returns the tree's leaves, in the order
-    /// of the manifest. Fails as [`Store::hold`] and [`Store::load`] do.
+    /// of the manifest. Fails as [`Store::hold`] and [`Reader::load`](super::Reader::load) do.
     pub fn keep(&self, tree: &TreeDigest) -> Result<Arc<Vec<Leaf>>, Error> {
         let hold = Hold::take_stored(&self.store, tree)?;
         let leaves = Arc::new(manifests::leaves(&self.store, tree)?);

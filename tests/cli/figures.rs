@@ -23,7 +23,7 @@ fn what_is_saved_is_told_as_a_table_and_as_json() {
     let table = place.run(&["dedup"]).done().text();
     assert!(table.contains("distinct contents      2  2.94Ki\n"), "{table}");
     assert!(table.ends_with("saved 6, 0.2 %: a ratio of 1.00\n"), "{table}");
-    let empty = Place::new();
+    let empty = Place::with_store();
     assert!(
         empty
             .run(&["dedup"])
