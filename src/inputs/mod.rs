@@ -14,7 +14,7 @@ use jiff::Timestamp;
 use crate::agent::{SavedSpec, parse_saved};
 use crate::api::{PolicyRules, Schedule, Size, parse_duration, parse_size};
 use crate::layer::{LayerId, LayerRecord};
-use crate::source::{SourceRoot, check_globs};
+use crate::source::{SourceRoot, check_globs, reread_note};
 use crate::store::tree::{Digests, FormatError, Meta, Node, Tree};
 use crate::store::{self, Digest, RefName, TreeDigest};
 
@@ -31,7 +31,7 @@ pub struct Input {
 
 const KIB: usize = 1 << 10;
 
-pub const INPUTS: [Input; 11] = [
+pub const INPUTS: [Input; 12] = [
     // Three bytes are a FIFO with its name: 100 bytes in memory, in vectors that grow by doubling, and once more sorted,
     // counted and encoded again.
     input("manifest", manifest, 200, 512 * KIB),
@@ -40,6 +40,7 @@ pub const INPUTS: [Input; 11] = [
     input("config", config, 16, 64 * KIB),
     input("node", node, 200, 512 * KIB),
     input("layer", layer, 100, 64 * KIB),
+    input("note", note, 16, 64 * KIB),
     input("names", names, 8, 64 * KIB),
     input("size", size, 8, 64 * KIB),
     input("duration", duration, 16, 64 * KIB),
@@ -152,6 +153,13 @@ pub fn config(bytes: &[u8]) {
     match store::parse_config(bytes) {
         Ok(id) => assert!(!id.is_empty()),
         Err(error) => assert!(error.to_string().contains("larder.json"), "{error}"),
+    }
+}
+
+/// What is noted beside a ref of a folder, without the check at its end.
+pub fn note(bytes: &[u8]) {
+    if let Some(again) = reread_note(bytes) {
+        assert_eq!(bytes, again);
     }
 }
 

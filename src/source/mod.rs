@@ -29,3 +29,5 @@ pub use error::{Error, Failure, FailureKind};
 pub use repair::{Lost, Origin, Repair, repair};
 pub use roots::{Roots, SourceDir, SourceRoot};
 pub use snapshot::snapshot;
+#[cfg(any(test, fuzzing))]
+pub use unchanged::reread_note;

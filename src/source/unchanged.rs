@@ -2,25 +2,21 @@
 //!
 //! Beside each ref of a folder the store keeps a note: for every leaf of the tree the inode it was read from and the
 //! time of that inode's last change (ctime), which no program can set. A leaf with the same device, inode, size, mtime
-//! and ctime is taken over as it is in the tree, with its digest and extended attributes. A file that was changed less
-//! than [`SETTLED`] before the reading began has no such note: another change might have left it with the same time.
+//! and ctime is taken over as it is in the tree, with its digest and extended attributes. A file that was changed just
+//! before the reading began has no such note: another change might have left it with the same time ([`is_settled`]).
 //!
 //! What this cannot see is what no file system tells: a write through a shared memory mapping whose page was dirty
 //! already when the file was read.
 
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use rustix::fs::{FileType, Stat};
 use sha2::{Digest as _, Sha256};
 
 use super::leaf::{device, file_type};
 use crate::store::tree::{Leaf, LeafKind, Meta, reorder};
-use crate::store::{Build, Error, RefName, Store, TreeDigest};
-
-/// The coarsest clock tick of a file system that has inode numbers worth the name: some keep whole seconds, and the
-/// clocks of a network file system's two ends differ a little.
-const SETTLED: Duration = Duration::from_secs(2);
+use crate::store::{Build, Error, RefName, Store, TreeDigest, is_settled};
 
 const MAGIC: &[u8; 16] = b"LARDER-UNCHANGED";
 const VERSION: u8 = 1;
@@ -99,18 +95,6 @@ fn mark(stat: &Stat) -> Mark {
     }
 }
 
-fn is_settled(stat: &Stat, since: SystemTime) -> bool {
-    let Ok(since) = since
-        .checked_sub(SETTLED)
-        .unwrap_or(UNIX_EPOCH)
-        .duration_since(UNIX_EPOCH)
-    else {
-        return false;
-    };
-    let ctime = (stat.st_ctime, stat.st_ctime_nsec);
-    ctime <= (since.as_secs() as i64, since.subsec_nanos().into())
-}
-
 /// What is noted beside a ref.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -165,6 +149,17 @@ impl Seen {
         };
         Some((TreeDigest::from_bytes(*tree), seen))
     }
+}
+
+/// Reads a note as an input of tests and fuzz targets, also one whose check does not hold, and writes what was read.
+#[cfg(any(test, fuzzing))]
+pub fn reread_note(note: &[u8]) -> Option<Vec<u8>> {
+    let whole = [note, &Sha256::digest(note)].concat();
+    assert!(Seen::decode(note).is_none_or(|(tree, seen)| seen.encode(&tree) == note));
+    let (tree, seen) = Seen::decode(&whole)?;
+    let mut again = seen.encode(&tree);
+    again.truncate(note.len());
+    Some(again)
 }
 
 /// The leaves of a tree that was read before, and how their inodes were.

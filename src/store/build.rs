@@ -11,9 +11,10 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::SystemTime;
 
 use rayon::prelude::*;
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, Stat};
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -152,7 +153,7 @@ impl Build {
         let mut reader = Reader::new(Step::SourceRead, from);
         if size > SMALL as u64 {
             if self.reflink.load(Ordering::Relaxed)
-                && let Some(blob) = self.put_reflink(from)?
+                && let Some(blob) = self.put_reflink(from, &stat)?
             {
                 return Ok(blob);
             }
@@ -247,9 +248,10 @@ impl Build {
     }
 
     /// Shares the file's blocks where the file system can. `None` if it cannot.
-    fn put_reflink(&self, from: &File) -> Result<Option<Blob>, Error> {
+    fn put_reflink(&self, from: &File, before: &Stat) -> Result<Option<Blob>, Error> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         let file = self.guard(|| self.create(number))?;
+        let now = SystemTime::now();
         match disk::reflink(Step::BlobReflink, &file, from) {
             Ok(()) => {}
             Err(error) => {
@@ -261,26 +263,45 @@ impl Build {
                 return Ok(None);
             }
         }
-        // What is stored is hashed, not the source, which may have changed since.
-        let mut size = 0u64;
-        let mut stored = Reader::new(Step::StagedRead, &file);
-        let digest = hash_beside(|mut buffer, hash| {
-            loop {
-                match fill(&mut stored, &mut buffer) {
-                    Ok(0) => return Ok(()),
-                    Ok(filled) => {
-                        buffer.truncate(filled);
-                        size += filled as u64;
-                        buffer = hash.update(buffer);
-                    }
-                    Err(error) => {
-                        self.discard(number)?;
-                        return Err(Error::Source(error));
-                    }
-                }
+        let hashed = Self::hash_shared(from, before, &file, now);
+        match hashed {
+            Ok((digest, size)) => self.adopt(digest, size, number).map(Some),
+            Err(error) => {
+                self.discard(number)?;
+                Err(Error::Source(error))
             }
-        })?;
-        self.adopt(digest, size, number).map(Some)
+        }
+    }
+
+    /// Digest and length of `file`, which shares the blocks that `from` had when it had the status `before`, or later.
+    ///
+    /// What is stored counts, and the source may have changed since. But it is the source that is likely to be in
+    /// memory. So that is hashed if it is the same before and after, and was settled before: then any change, be it by a
+    /// mapping of its pages, would have shown (sharing blocks writes back what is dirty, so that the next write of a
+    /// mapping is noticed).
+    pub(super) fn hash_shared(
+        from: &File,
+        before: &Stat,
+        file: &File,
+        now: SystemTime,
+    ) -> std::io::Result<(Digest, u64)> {
+        if files::is_settled(before, now) {
+            let hashed = hash_file(Step::SourceRead, from)?;
+            let after = rustix::fs::fstat(from)?;
+            let key = |stat: &Stat| {
+                (
+                    stat.st_size,
+                    stat.st_mtime,
+                    stat.st_mtime_nsec,
+                    stat.st_ctime,
+                    stat.st_ctime_nsec,
+                )
+            };
+            if key(before) == key(&after) && i64::try_from(hashed.1) == Ok(after.st_size) {
+                return Ok(hashed);
+            }
+        }
+        hash_file(Step::StagedRead, file)
     }
 
     /// Leases a blob. `true` if it must be staged, under `number`.
@@ -363,6 +384,24 @@ impl Drop for Build {
     }
 }
 
+/// Digest and length of a file's whole content.
+fn hash_file(step: Step, file: &File) -> std::io::Result<(Digest, u64)> {
+    let mut reader = Reader::new(step, file);
+    let mut size = 0u64;
+    let digest = hash_beside(|mut buffer, hash| {
+        loop {
+            let filled = fill(&mut reader, &mut buffer)?;
+            if filled == 0 {
+                return Ok::<_, std::io::Error>(());
+            }
+            buffer.truncate(filled);
+            size += filled as u64;
+            buffer = hash.update(buffer);
+        }
+    })?;
+    Ok((digest, size))
+}
+
 /// Where [`hash_beside`] takes bytes.
 struct Beside {
     full: SyncSender<Vec<u8>>,
@@ -381,7 +420,7 @@ impl Beside {
 }
 
 /// Runs `work` with a first buffer of [`CHUNK`] bytes, and hashes on another thread what it gives.
-fn hash_beside(work: impl FnOnce(Vec<u8>, &Beside) -> Result<(), Error>) -> Result<Digest, Error> {
+fn hash_beside<E>(work: impl FnOnce(Vec<u8>, &Beside) -> Result<(), E>) -> Result<Digest, E> {
     let (full, to_hash) = sync_channel::<Vec<u8>>(CHUNKS);
     let (hashed, empty) = sync_channel(CHUNKS);
     for _ in 1..CHUNKS {

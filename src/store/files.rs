@@ -95,6 +95,22 @@ pub(super) fn mtime(stat: &Stat) -> SystemTime {
         .unwrap_or(UNIX_EPOCH)
 }
 
+/// How long after a change of a file a further one is sure to leave it with another ctime: some file systems keep whole
+/// seconds, and the clocks of a network file system's two ends differ a little.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// Whether a file with this status was last changed so long before `now` that any change since then shows in its ctime,
+/// which no program can set.
+pub fn is_settled(stat: &Stat, now: SystemTime) -> bool {
+    let Some(latest) = now.checked_sub(SETTLED) else {
+        return false;
+    };
+    let Ok(latest) = latest.duration_since(UNIX_EPOCH) else {
+        return false;
+    };
+    (stat.st_ctime, stat.st_ctime_nsec) <= (latest.as_secs() as i64, latest.subsec_nanos().into())
+}
+
 /// Removes a name that is not a folder; one that is gone already is good.
 pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
     point();

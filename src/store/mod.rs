@@ -52,7 +52,7 @@ pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
-pub use files::read_bounded;
+pub use files::{is_settled, read_bounded};
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
 #[cfg(any(test, fuzzing))]
 pub use layout::parse_config_id as parse_config;

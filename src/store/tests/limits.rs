@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use super::full_disk::{disk_of, free, noise};
 use crate::store::testing::*;
@@ -103,4 +104,26 @@ fn data_is_shared_where_the_file_system_can() {
     std::os::unix::fs::FileExt::write_all_at(&out, &[0; 8192], 4096).unwrap();
     out.sync_all().unwrap();
     assert_eq!(check_all(&store), 1);
+}
+
+#[test]
+fn a_source_that_may_have_changed_is_not_hashed_for_what_shares_its_blocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let write = |name: &str, bytes: &[u8]| {
+        fs::write(dir.path().join(name), bytes).unwrap();
+        fs::File::open(dir.path().join(name)).unwrap()
+    };
+    // As if the source had been written to since.
+    let (source, stored) = (write("source", b"later"), write("stored", b"earlier"));
+    let of_source = (digest_of(b"later"), 5);
+    let of_stored = (digest_of(b"earlier"), 7);
+    let stat = rustix::fs::fstat(&source).unwrap();
+    let changed = SystemTime::now();
+    let settled = changed + Duration::from_secs(3);
+    let hash = |before: &rustix::fs::Stat, now| Build::hash_shared(&source, before, &stored, now).unwrap();
+    assert_eq!(hash(&stat, settled), of_source);
+    assert_eq!(hash(&stat, changed), of_stored, "a further change would not show");
+    let mut before = stat;
+    before.st_ctime -= 1;
+    assert_eq!(hash(&before, settled), of_stored, "it has changed");
 }

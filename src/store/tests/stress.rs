@@ -188,6 +188,24 @@ fn find(stress: &Stress, rng: &mut StdRng) {
     stress.count("blobs found", found.len() as u64);
 }
 
+/// Nothing of what the others do may look like damage, and what they need is never taken from them.
+fn verify(stress: &Stress, rng: &mut StdRng) {
+    let scope = match rng.random_bool(0.5) {
+        true => Scope::All,
+        false => Scope::Changed,
+    };
+    let options = VerifyOptions { scope, rate: None };
+    let found = stress
+        .store
+        .verify(&options, &VerifyProgress::default(), &AtomicBool::new(false))
+        .unwrap();
+    assert!(found.is_sound() && found.quarantined_blobs == 0, "{found:#?}");
+    stress.count("blobs verified", found.blobs);
+    let figures = stress.store.analytics(3).unwrap();
+    assert_eq!(figures.dedup.problems, [], "{figures:#?}");
+    pause(rng);
+}
+
 /// A hold on what a ref stands for now, taken under the ref's lock: it cannot have gone yet, so that there is no excuse.
 fn hold_current(store: &Store, name: &RefName) -> Option<Hold> {
     let _guard = store.inner.lock_ref(name);
@@ -356,6 +374,8 @@ fn nothing_that_is_needed_is_lost_when_all_happens_at_once() {
             let mut rng = StdRng::seed_from_u64(seed ^ thread);
             scope.spawn(move || stress.repeat(|| collect_somehow(stress, &mut rng)));
         }
+        let mut rng = StdRng::seed_from_u64(seed ^ 7);
+        scope.spawn(move || stress.repeat(|| verify(stress, &mut rng)));
         scope.spawn(|| stress.repeat(|| watch_refs(stress)));
         let mut rng = StdRng::seed_from_u64(seed);
         scope.spawn(move || stress.repeat(|| watch_objects(stress, &mut rng)));
@@ -375,6 +395,7 @@ fn nothing_that_is_needed_is_lost_when_all_happens_at_once() {
         "history dropped",
         "current trees checked",
         "blobs checked",
+        "blobs verified",
     ] {
         assert!(
             counts.get(what).is_some_and(|count| *count > 5),
