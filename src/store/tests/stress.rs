@@ -201,8 +201,6 @@ fn verify(stress: &Stress, rng: &mut StdRng) {
         .unwrap();
     assert!(found.is_sound() && found.quarantined_blobs == 0, "{found:#?}");
     stress.count("blobs verified", found.blobs);
-    let figures = stress.store.analytics(3).unwrap();
-    assert_eq!(figures.dedup.problems, [], "{figures:#?}");
     pause(rng);
 }
 
