@@ -27,7 +27,7 @@ pub fn bench(disk: &Disk, kind: &str, goals: &mut Goals) {
         hashed.push(hash(&folder.join("file")));
         for turn in 0..2 {
             // Each begins a round: the disk below does not treat the first and the second alike.
-            if (round + turn) % 2 == 0 {
+            if (round + turn).is_multiple_of(2) {
                 settle(root);
                 copied.push(run(&mut tools::copy(&folder, &copy), root));
                 remove(root, &copy);

@@ -179,7 +179,7 @@ fn export(figures: &mut Figures, root: &Path, folder: &Path, store: &Path, round
     for turn in 0..2 {
         settle(root);
         // Each begins a round.
-        if (round + turn) % 2 == 0 {
+        if (round + turn).is_multiple_of(2) {
             figures.add("export", "cp -a", run(&mut tools::copy(folder, &out), root));
         } else {
             let mut export = tools::larder(store, &["export", "local/corpus"]);
