@@ -238,7 +238,6 @@ impl Build {
                     let written = files::write_at(Step::BlobWrite, file.as_fd(), &buffer, size, hole);
                     written.map_err(|e| self.store.write_error(&self.path, filled as u64, e))
                 })?;
-                disk::begin_writing(&file, size, filled as u64);
                 size += filled as u64;
                 buffer = hash.update(buffer);
             }

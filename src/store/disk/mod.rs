@@ -10,7 +10,7 @@ mod step;
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
@@ -203,16 +203,6 @@ pub fn remove_xattr(step: Step, file: impl AsFd, name: &str) -> Result<(), Errno
 
 pub fn set_flags(step: Step, file: impl AsFd, flags: IFlags) -> Result<(), Errno> {
     at(step, || rustix::fs::ioctl_setflags(file, flags))
-}
-
-/// Has the kernel begin to write so many bytes of a file to the disk, and does not wait: the less is left for the sync.
-/// Makes nothing durable, so what becomes of it does not matter.
-pub fn begin_writing(file: &File, offset: u64, length: u64) {
-    let (Ok(offset), Ok(length)) = (offset.try_into(), length.try_into()) else {
-        return;
-    };
-    // SAFETY: takes a descriptor that is open, and numbers.
-    unsafe { libc::sync_file_range(file.as_raw_fd(), offset, length, libc::SYNC_FILE_RANGE_WRITE) };
 }
 
 /// Makes all of the file system durable. What could not be written since the descriptor was opened is reported by it
