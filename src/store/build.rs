@@ -28,9 +28,9 @@ use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
 const SMALL: usize = 1 << 20;
 /// What is read of a larger one at a time …
-const CHUNK: usize = 1 << 20;
+const CHUNK: usize = 1 << 18;
 /// … and how many such pieces there are, so that reading, writing and hashing do not wait for one another.
-const CHUNKS: usize = 3;
+const CHUNKS: usize = 4;
 /// Zero blocks of this size are not written where the source has holes …
 const FINE: usize = 4096;
 /// … and of this size where nothing is known of the source.
