@@ -6,15 +6,11 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
-use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
-use std::time::SystemTime;
 
 use rayon::prelude::*;
-use rustix::fs::{OFlags, Stat};
+use rustix::fs::OFlags;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
@@ -27,10 +23,6 @@ use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
 const SMALL: usize = 1 << 20;
-/// What is read of a larger one at a time …
-const CHUNK: usize = 1 << 18;
-/// … and how many such pieces there are, so that reading, writing and hashing do not wait for one another.
-const CHUNKS: usize = 4;
 /// Zero blocks of this size are not written where the source has holes …
 const FINE: usize = 4096;
 /// … and of this size where nothing is known of the source.
@@ -60,7 +52,9 @@ pub struct Build {
     next: AtomicU64,
     /// Has a write failed? Then nothing may be published.
     pub(super) failed: AtomicBool,
-    reflink: AtomicBool,
+    /// Is it not known that blocks cannot be shared, and that the kernel cannot copy?
+    pub(super) reflink: AtomicBool,
+    pub(super) copy_in_kernel: AtomicBool,
     pub(super) kept: Mutex<Vec<Kept>>,
 }
 
@@ -109,6 +103,7 @@ impl Store {
             next: AtomicU64::new(1),
             failed: AtomicBool::new(false),
             reflink: AtomicBool::new(true),
+            copy_in_kernel: AtomicBool::new(true),
             kept: Mutex::default(),
             store,
         })
@@ -152,12 +147,7 @@ impl Build {
         };
         let mut reader = Reader::new(Step::SourceRead, from);
         if size > SMALL as u64 {
-            if self.reflink.load(Ordering::Relaxed)
-                && let Some(blob) = self.put_reflink(from, &stat)?
-            {
-                return Ok(blob);
-            }
-            return self.put_stream(&mut reader, hole);
+            return self.put_large(from, &stat, hole);
         }
         // One more than expected, so that the end is seen without growing the buffer.
         let mut head = Vec::with_capacity(size as usize + 1);
@@ -200,7 +190,7 @@ impl Build {
     fn put_small(&self, bytes: &[u8], hole: usize) -> Result<Blob, Error> {
         let digest = Digest::from_bytes(Sha256::digest(bytes).into());
         let size = bytes.len() as u64;
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let number = self.next_number();
         let new = self.claim(&digest, size, number)?;
         if new {
             self.guard(|| {
@@ -214,93 +204,8 @@ impl Build {
         Ok(Blob { digest, size, new })
     }
 
-    fn put_stream(&self, from: &mut dyn Read, hole: usize) -> Result<Blob, Error> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let file = self.guard(|| self.create(number))?;
-        let mut size = 0u64;
-        // Hashing takes about as long as copying, so it is done beside it.
-        let digest = hash_beside(|mut buffer, hash| {
-            loop {
-                let filled = match fill(from, &mut buffer) {
-                    Ok(filled) => filled,
-                    Err(error) => {
-                        // The reader's fault, not the store's: the other contents of the build are good.
-                        self.discard(number)?;
-                        return Err(Error::Source(error));
-                    }
-                };
-                if filled == 0 {
-                    return Ok(());
-                }
-                buffer.truncate(filled);
-                self.guard(|| {
-                    self.store.reserve(filled as u64)?;
-                    let written = files::write_at(Step::BlobWrite, file.as_fd(), &buffer, size, hole);
-                    written.map_err(|e| self.store.write_error(&self.path, filled as u64, e))
-                })?;
-                size += filled as u64;
-                buffer = hash.update(buffer);
-            }
-        })?;
-        self.guard(|| self.set_length(&file, size))?;
-        self.adopt(digest, size, number)
-    }
-
-    /// Shares the file's blocks where the file system can. `None` if it cannot.
-    fn put_reflink(&self, from: &File, before: &Stat) -> Result<Option<Blob>, Error> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let file = self.guard(|| self.create(number))?;
-        let now = SystemTime::now();
-        match disk::reflink(Step::BlobReflink, &file, from) {
-            Ok(()) => {}
-            Err(error) => {
-                // Another file system, or one without reflinks. Whatever else it is, copying will tell.
-                if matches!(error, Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) {
-                    self.reflink.store(false, Ordering::Relaxed);
-                }
-                self.discard(number)?;
-                return Ok(None);
-            }
-        }
-        let hashed = Self::hash_shared(from, before, &file, now);
-        match hashed {
-            Ok((digest, size)) => self.adopt(digest, size, number).map(Some),
-            Err(error) => {
-                self.discard(number)?;
-                Err(Error::Source(error))
-            }
-        }
-    }
-
-    /// Digest and length of `file`, which shares the blocks that `from` had when it had the status `before`, or later.
-    ///
-    /// What is stored counts, and the source may have changed since. But it is the source that is likely to be in
-    /// memory. So that is hashed if it is the same before and after, and was settled before: then any change, be it by a
-    /// mapping of its pages, would have shown (sharing blocks writes back what is dirty, so that the next write of a
-    /// mapping is noticed).
-    pub(super) fn hash_shared(
-        from: &File,
-        before: &Stat,
-        file: &File,
-        now: SystemTime,
-    ) -> std::io::Result<(Digest, u64)> {
-        if files::is_settled(before, now) {
-            let hashed = hash_file(Step::SourceRead, from)?;
-            let after = rustix::fs::fstat(from)?;
-            let key = |stat: &Stat| {
-                (
-                    stat.st_size,
-                    stat.st_mtime,
-                    stat.st_mtime_nsec,
-                    stat.st_ctime,
-                    stat.st_ctime_nsec,
-                )
-            };
-            if key(before) == key(&after) && i64::try_from(hashed.1) == Ok(after.st_size) {
-                return Ok(hashed);
-            }
-        }
-        hash_file(Step::StagedRead, file)
+    pub(super) fn next_number(&self) -> u64 {
+        self.next.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Leases a blob. `true` if it must be staged, under `number`.
@@ -325,7 +230,7 @@ impl Build {
     }
 
     /// Claims a blob that is staged already.
-    fn adopt(&self, digest: Digest, size: u64, number: u64) -> Result<Blob, Error> {
+    pub(super) fn adopt(&self, digest: Digest, size: u64, number: u64) -> Result<Blob, Error> {
         let new = self.claim(&digest, size, number)?;
         if !new {
             self.discard(number)?;
@@ -347,14 +252,14 @@ impl Build {
         touched.map_err(|e| Error::io("touch", self.store.path(&path), e))
     }
 
-    fn create(&self, number: u64) -> Result<File, Error> {
+    pub(super) fn create(&self, number: u64) -> Result<File, Error> {
         let flags = OFlags::RDWR | OFlags::EXCL;
         let file = disk::create(Step::BlobCreate, &self.dir, number.to_string(), flags, 0o400);
         file.map_err(|e| self.store.write_error(&self.path, 4096, e))
     }
 
     /// A file that ends in a hole has its length set by hand.
-    fn set_length(&self, file: &File, size: u64) -> Result<(), Error> {
+    pub(super) fn set_length(&self, file: &File, size: u64) -> Result<(), Error> {
         let stat = rustix::fs::fstat(file).map_err(|e| Error::io("look at", self.store.path(&self.path), e))?;
         if stat.st_size.max(0) as u64 != size {
             let cut = disk::truncate(Step::BlobTruncate, file, size);
@@ -369,7 +274,7 @@ impl Build {
     }
 
     /// Runs a write; if it fails, the build is lost.
-    fn guard<T>(&self, write: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+    pub(super) fn guard<T>(&self, write: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
         write().inspect_err(|_| self.failed.store(true, Ordering::Relaxed))
     }
 }
@@ -381,78 +286,4 @@ impl Drop for Build {
         // Should it fail, the next start empties staging.
         let _ = remove::remove_tree(&self.store.dir, self.path.as_str());
     }
-}
-
-/// Digest and length of a file's whole content.
-fn hash_file(step: Step, file: &File) -> std::io::Result<(Digest, u64)> {
-    let mut reader = Reader::new(step, file);
-    let mut size = 0u64;
-    let digest = hash_beside(|mut buffer, hash| {
-        loop {
-            let filled = fill(&mut reader, &mut buffer)?;
-            if filled == 0 {
-                return Ok::<_, std::io::Error>(());
-            }
-            buffer.truncate(filled);
-            size += filled as u64;
-            buffer = hash.update(buffer);
-        }
-    })?;
-    Ok((digest, size))
-}
-
-/// Where [`hash_beside`] takes bytes.
-struct Beside {
-    full: SyncSender<Vec<u8>>,
-    empty: Receiver<Vec<u8>>,
-}
-
-impl Beside {
-    /// Hashes the bytes. Gives another buffer of [`CHUNK`] bytes.
-    fn update(&self, bytes: Vec<u8>) -> Vec<u8> {
-        // Only a panic of the other thread, which is passed on, ends the channels.
-        let sent = self.full.send(bytes);
-        let mut buffer = sent.ok().and_then(|()| self.empty.recv().ok()).unwrap_or_default();
-        buffer.resize(CHUNK, 0);
-        buffer
-    }
-}
-
-/// Runs `work` with a first buffer of [`CHUNK`] bytes, and hashes on another thread what it gives.
-fn hash_beside<E>(work: impl FnOnce(Vec<u8>, &Beside) -> Result<(), E>) -> Result<Digest, E> {
-    let (full, to_hash) = sync_channel::<Vec<u8>>(CHUNKS);
-    let (hashed, empty) = sync_channel(CHUNKS);
-    for _ in 1..CHUNKS {
-        // There is room for them.
-        let _ = hashed.send(Vec::new());
-    }
-    thread::scope(|scope| {
-        let hasher = scope.spawn(move || {
-            let mut hash = Sha256::new();
-            for bytes in to_hash {
-                hash.update(&bytes);
-                // Nobody waits for it after the last one.
-                let _ = hashed.send(bytes);
-            }
-            Digest::from_bytes(hash.finalize().into())
-        });
-        let worked = work(vec![0; CHUNK], &Beside { full, empty });
-        // `work` has dropped its end, so the thread comes to its end too.
-        let digest = hasher.join().unwrap_or_else(|panic| resume_unwind(panic));
-        worked.map(|()| digest)
-    })
-}
-
-/// Reads until the buffer is full or the reader ends.
-fn fill(from: &mut dyn Read, buffer: &mut [u8]) -> std::io::Result<usize> {
-    let mut filled = 0;
-    while filled < buffer.len() {
-        match from.read(&mut buffer[filled..]) {
-            Ok(0) => break,
-            Ok(read) => filled += read,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(filled)
 }

@@ -20,6 +20,7 @@ mod files;
 mod gc;
 mod images;
 mod index;
+mod large;
 mod layout;
 mod leases;
 mod manifests;

@@ -43,7 +43,8 @@ steps! {
     BlobWrite,
     BlobTruncate,
     BlobReflink,
-    /// What was stored by sharing blocks is hashed.
+    BlobCopy,
+    /// What was stored by sharing blocks, or by the kernel's copy, is hashed.
     StagedRead,
     BlobDiscard,
     BlobTouch,

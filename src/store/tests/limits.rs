@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use super::full_disk::{disk_of, free, noise};
+use crate::store::large::hash_shared;
 use crate::store::testing::*;
 use crate::store::tree::{Leaf, LeafKind, Meta, Tree};
 use crate::store::*;
@@ -120,7 +121,7 @@ fn a_source_that_may_have_changed_is_not_hashed_for_what_shares_its_blocks() {
     let stat = rustix::fs::fstat(&source).unwrap();
     let changed = SystemTime::now();
     let settled = changed + Duration::from_secs(3);
-    let hash = |before: &rustix::fs::Stat, now| Build::hash_shared(&source, before, &stored, now).unwrap();
+    let hash = |before: &rustix::fs::Stat, now| hash_shared(&source, before, &stored, now).unwrap();
     assert_eq!(hash(&stat, settled), of_source);
     assert_eq!(hash(&stat, changed), of_stored, "a further change would not show");
     let mut before = stat;

@@ -66,6 +66,8 @@ pub fn detours() -> Vec<Vec<Struck>> {
         vec![(Step::RefSync, 1, Fault::Fail(Errno::IO))],
         // Likewise of a note.
         vec![(Step::NoteRename, 1, Fault::Fail(Errno::IO))],
+        // Blocks cannot be shared: a large file is copied.
+        vec![(Step::BlobReflink, 1, Fault::Fail(Errno::OPNOTSUPP))],
     ]
 }
 
@@ -78,6 +80,7 @@ const FAULTS: &[(&str, Fault)] = &[
     ("log-and-cut-after", Fault::CutAfter(Shutdown::FlushLog)),
     ("eio", Fault::Fail(Errno::IO)),
     ("ebadmsg", Fault::Fail(Errno::BADMSG)),
+    ("eopnotsupp", Fault::Fail(Errno::OPNOTSUPP)),
     ("enospc", Fault::Fail(Errno::NOSPC)),
     ("short", Fault::Short),
     ("nothing", Fault::Nothing),
