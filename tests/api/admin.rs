@@ -23,18 +23,18 @@ fn json(site: &Site, args: &[&str]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
+/// The digest of the manifest `m`, when it is stored.
+async fn stored(site: &Site) -> String {
+    let manifest = site.manifest_says("m", "True", "Stored").await;
+    manifest.status.unwrap().digest.unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_manifests_ref_that_an_admin_forgets_is_built_again_and_the_admins_own_stay() {
     let site = Site::start("admin").await;
     write_files(&site.source("m"), 3, "admin");
     site.create_manifest("m", json!({})).await;
-    let digest = site
-        .manifest_says("m", "True", "Stored")
-        .await
-        .status
-        .unwrap()
-        .digest
-        .unwrap();
+    let digest = stored(&site).await;
     let name = format!("{}/m", site.namespace);
     let source = site.source("m").display().to_string();
     let refused = larder(&site, &["build", &source, "--name", &name]);
@@ -69,13 +69,7 @@ async fn neither_gc_nor_rm_takes_what_a_layer_shows() {
     site.create_manifest("m", json!({})).await;
     site.create_layer("work", "m", json!({"mode": "Tmpfs"})).await;
     site.layer_says("work", "True", "Mounted").await;
-    let tree = site
-        .manifest_says("m", "True", "Stored")
-        .await
-        .status
-        .unwrap()
-        .digest
-        .unwrap();
+    let tree = stored(&site).await;
     site.manifests()
         .await
         .delete("m", &DeleteParams::default())

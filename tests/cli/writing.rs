@@ -155,6 +155,14 @@ fn a_folder_is_built_under_a_name_and_its_former_trees_are_history() {
     assert!(place.staging_is_empty());
 }
 
+/// The digest of the one content of that size.
+fn digest_of_five_bytes(place: &Place) -> String {
+    let blobs = place.json(&["ls", "--blobs"]);
+    let mut blobs = blobs["blobs"].as_array().unwrap().iter();
+    let found = blobs.find(|blob| blob["size"] == 5).unwrap();
+    found["digest"].as_str().unwrap().to_owned()
+}
+
 #[test]
 fn what_a_tree_names_is_not_removed_and_the_error_says_which() {
     let place = Place::built();
@@ -163,14 +171,7 @@ fn what_a_tree_names_is_not_removed_and_the_error_says_which() {
     let loose = place.json(&["put", text(&place.path("source/hello"))]);
     assert_eq!(loose["blobs"][0]["digest"], HELLO);
     let loose = "sha256:1d39e7ab2d90ab4d44ea6b5b29dc6e9f5a8b2cea0a3bb0be6a6ea03fb36d8d6a";
-    let blobs = place.json(&["ls", "--blobs"]);
-    let small = blobs["blobs"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|blob| blob["size"] == 5)
-        .unwrap();
-    let found = small["digest"].as_str().unwrap();
+    let found = &digest_of_five_bytes(&place);
     assert_ne!(found, loose);
     place
         .run(&["rm", HELLO, found])
@@ -196,18 +197,11 @@ fn what_a_tree_names_is_not_removed_and_the_error_says_which() {
 fn nothing_is_removed_while_a_manifest_cannot_be_read() {
     let place = Place::built();
     place.run_with(&["put"], b"loose").done();
-    let blobs = place.json(&["ls", "--blobs"]);
-    let small = blobs["blobs"]
-        .as_array()
-        .unwrap()
-        .iter()
-        .find(|blob| blob["size"] == 5)
-        .unwrap();
+    let loose = &digest_of_five_bytes(&place);
     let digest = place.digest("t");
     let manifest = place.store().join("manifests").join(&digest[7..]);
     fs::remove_file(&manifest).unwrap();
     fs::write(&manifest, "LARDER").unwrap();
-    let loose = small["digest"].as_str().unwrap();
     place.run(&["rm", loose]).failed(6, &["nothing was removed", &digest]);
     place.run(&["exists", loose]).done();
     place.run(&["show", "t"]).failed(6, &["is damaged", "rebuild"]);

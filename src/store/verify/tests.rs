@@ -242,17 +242,19 @@ fn a_manifest_that_gives_a_right_content_a_wrong_length_is_what_is_damaged() {
     assert!(matches!(only(found.bad_blobs).fault, Fault::Damaged { length: 7, .. }));
 }
 
+/// Publishes a tree with a file of each content.
+fn publish_each(store: &Store, contents: &[Vec<u8>]) {
+    let names: Vec<String> = (0..contents.len()).map(|n| format!("f{n}")).collect();
+    let files = names.iter().zip(contents);
+    let files: Vec<(&str, &[u8])> = files.map(|(name, content)| (&**name, &**content)).collect();
+    publish(store, "a", &files);
+}
+
 #[test]
 fn what_changed_is_read_and_what_lies_still_is_not() {
     let (_dir, store) = store();
     let contents: Vec<Vec<u8>> = (0..20u8).map(|n| vec![n; 100 + usize::from(n)]).collect();
-    let names: Vec<String> = (0..20).map(|n| format!("f{n}")).collect();
-    let files: Vec<(&str, &[u8])> = names
-        .iter()
-        .map(|n| n.as_str())
-        .zip(contents.iter().map(|c| &c[..]))
-        .collect();
-    publish(&store, "a", &files);
+    publish_each(&store, &contents);
     // With no full verification on record, everything has changed.
     let found = verify_with(&store, Scope::Changed);
     assert_eq!((found.blobs, found.passed_over), (20, 0));
@@ -292,13 +294,7 @@ fn what_changed_is_read_and_what_lies_still_is_not() {
 fn a_sample_reads_a_part_and_still_misses_nothing_that_is_missing() {
     let (_dir, store) = store();
     let contents: Vec<Vec<u8>> = (0..200u8).map(|n| vec![n; 10]).collect();
-    let names: Vec<String> = (0..200).map(|n| format!("f{n}")).collect();
-    let files: Vec<(&str, &[u8])> = names
-        .iter()
-        .map(|n| n.as_str())
-        .zip(contents.iter().map(|c| &c[..]))
-        .collect();
-    publish(&store, "a", &files);
+    publish_each(&store, &contents);
     let scope = Scope::Sample { fraction: 0.5, seed: 7 };
     let found = verify_with(&store, scope);
     assert!((60..140).contains(&found.blobs), "{}", found.blobs);

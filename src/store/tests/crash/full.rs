@@ -40,6 +40,16 @@ fn give_back(folder: &Path) {
     }
 }
 
+/// What is done in a round, and with how much room: more and more of it up to `needed`, so that there is too little in
+/// the first rounds whatever the seed.
+fn next(rounds: &mut Rounds, round: u64, all: u64, needed: u64) -> (Target, u64) {
+    let target = Target {
+        new: !round.is_multiple_of(3),
+        detour: Vec::new(),
+    };
+    (target, (round * needed + rounds.rng.random_range(0..needed)) / all)
+}
+
 /// Lives with less than `needed` room. Before what is left is collected, the disk is filled to the brim.
 fn filled(kind: &str, megabytes: u64, take: fn(&Path, u64), needed: u64) {
     let dir = tempfile::tempdir().unwrap();
@@ -48,12 +58,7 @@ fn filled(kind: &str, megabytes: u64, take: fn(&Path, u64), needed: u64) {
     let mut rounds = Rounds::new(disk.path(), ram.path(), None);
     let all = by_patience(8, 300);
     for round in 0..all {
-        let target = Target {
-            new: round % 3 != 0,
-            detour: Vec::new(),
-        };
-        // More and more of it, so that there is too little in the first rounds whatever the seed.
-        let left = (round * needed + rounds.rng.random_range(0..needed)) / all;
+        let (target, left) = next(&mut rounds, round, all, needed);
         let _context = rounds.begin(&format!("{left} left for {target:?}"), &target);
         disk.sync();
         take(disk.path(), left);
@@ -108,11 +113,7 @@ fn thin(kind: &str, megabytes: u64, needed: u64) {
     let mut rounds = Rounds::new(&folder, out.path(), Some(disk));
     let all = by_patience(8, 300);
     for round in 0..all {
-        let target = Target {
-            new: round % 3 != 0,
-            detour: Vec::new(),
-        };
-        let left = (round * needed + rounds.rng.random_range(0..needed)) / all;
+        let (target, left) = next(&mut rounds, round, all, needed);
         let _context = rounds.begin(&format!("{left} left below {target:?}"), &target);
         if let Some(disk) = &rounds.disk {
             // What was removed takes no room below either, so that new blocks have to be found there.

@@ -9,35 +9,24 @@ use rustix::io::Errno;
 use super::*;
 use crate::store::disk::hook::Fault;
 
+/// Functions about files, of rustix and of the standard library, that change nothing.
+const LOOKING: &[&str] = &[
+    "statat",
+    "fstat",
+    "fstatvfs",
+    "seek",
+    "makedev",
+    "flock",
+    "ioctl_getflags",
+    "read_to_string",
+];
+
 /// What code of the store outside `disk/` may call by these paths, because it changes nothing.
 const HARMLESS: &[(&str, &[&str])] = &[
-    (
-        "rustix::fs::",
-        &[
-            "statat",
-            "fstat",
-            "fstatvfs",
-            "seek",
-            "makedev",
-            "flock",
-            "ioctl_getflags",
-        ],
-    ),
+    ("rustix::fs::", LOOKING),
     ("rustix::io::", &[]),
-    ("std::fs::", &["read_to_string"]),
-    (
-        "fs::",
-        &[
-            "statat",
-            "fstat",
-            "fstatvfs",
-            "seek",
-            "makedev",
-            "flock",
-            "ioctl_getflags",
-            "read_to_string",
-        ],
-    ),
+    ("std::fs::", LOOKING),
+    ("fs::", LOOKING),
     ("File::", &["from"]),
     ("libc::", &[]),
 ];
