@@ -181,21 +181,9 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
 
 /// Bytes per cause, the largest first.
 fn over_limit(over: &retention::OverLimit) -> String {
-    let causes = &over.causes;
-    let mut causes = [
-        ("live manifests", causes.current),
-        ("layers and mounts", causes.in_use),
-        ("builds under way", causes.building),
-        ("fresh contents", causes.fresh),
-        ("history", causes.history),
-        ("manifests", causes.manifests),
-        ("images", causes.images),
-    ];
-    causes.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+    let causes = over.causes.largest_first().into_iter();
     let causes: Vec<String> = causes
-        .iter()
-        .filter(|(_, bytes)| *bytes > 0)
-        .map(|(cause, bytes)| format!("{cause} {}", human_size(*bytes)))
+        .map(|(cause, bytes)| format!("{cause} {}", human_size(bytes)))
         .collect();
     let limit = match (over.max_size, over.min_free) {
         (Some(max), _) if over.size > max => format!("{} of at most {}", human_size(over.size), human_size(max)),

@@ -116,20 +116,9 @@ fn print(report: &Report, io: &mut Io) -> Result<(), Failure> {
 }
 
 fn over_limit(over: &OverLimit) -> String {
-    let causes = &over.causes;
-    let causes = [
-        ("current trees", causes.current),
-        ("layers and mounts", causes.in_use),
-        ("builds under way", causes.building),
-        ("fresh contents", causes.fresh),
-        ("history", causes.history),
-        ("manifests", causes.manifests),
-        ("images", causes.images),
-    ];
+    let causes = over.causes.largest_first().into_iter();
     let causes: Vec<String> = causes
-        .iter()
-        .filter(|(_, bytes)| *bytes > 0)
-        .map(|(cause, bytes)| format!("{cause} {}", human_size(*bytes)))
+        .map(|(cause, bytes)| format!("{cause} {}", human_size(bytes)))
         .collect();
     format!(
         "still over the limit: {} stored, {} free; {}",

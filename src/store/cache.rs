@@ -1,18 +1,26 @@
 //! What a build may note beside a ref to be faster the next time. Nothing depends on it: it may be gone or old at any
 //! time, so it is written without a sync, and its owner checks what it reads.
 
-use std::io::{Read, Write};
+use std::io::Read;
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use super::disk::{self, Step, Writer};
+use super::disk::{self, Step};
 use super::layout::CACHE;
+use super::replace::Steps;
 use super::{Error, RefName, Store, files, layout};
 
 /// No note is larger: room for those of 25 million files.
 const MAX: u64 = 512 << 20;
+
+const STEPS: Steps = Steps {
+    create: Step::NoteCreate,
+    write: Step::NoteWrite,
+    sync: None,
+    rename: Step::NoteRename,
+    discard: Step::NoteDiscard,
+};
 
 impl Store {
     /// What was noted beside the ref last, if anything.
@@ -39,20 +47,8 @@ impl Store {
             return Ok(());
         }
         store.reserve(note.len() as u64)?;
-        let (path, staged) = (path(name), store.staging_name("note"));
-        let written = || -> Result<(), std::io::Error> {
-            files::ensure_dir(Step::CacheDir, &store.dir, CACHE)?;
-            let flags = OFlags::WRONLY | OFlags::EXCL;
-            let file = disk::create(Step::NoteCreate, &store.dir, staged.as_str(), flags, 0o600)?;
-            Writer::new(Step::NoteWrite, file).write_all(note)?;
-            let renamed = disk::rename(Step::NoteRename, &store.dir, &*staged, &store.dir, &*path);
-            Ok(renamed?)
-        };
-        written().map_err(|e| {
-            // Nothing to add to the error that is being reported; the next start empties staging.
-            let _ = files::remove_file(Step::NoteDiscard, &store.dir, staged.as_str());
-            store.write_error(&path, note.len() as u64, e)
-        })
+        files::ensure_dir(Step::CacheDir, &store.dir, CACHE).map_err(|e| store.write_error(CACHE, 4096, e))?;
+        store.replace(&STEPS, &path(name), note)
     }
 }
 

@@ -111,24 +111,6 @@ impl Folder {
     pub fn path(&self, relative: impl AsRef<Path>) -> PathBuf {
         self.root.join(relative)
     }
-
-    /// Counts the blobs of one shard.
-    pub fn count_shard(&self, byte: u8) -> Result<Count, Error> {
-        let path = shard_path(byte);
-        let error = |e| Error::io("count", self.path(&path), e);
-        let mut count = Count::default();
-        let dir = match files::open_dir(&self.dir, path.as_str()) {
-            Err(rustix::io::Errno::NOENT) => return Ok(count),
-            other => other.map_err(error)?,
-        };
-        for (name, _) in files::names(&dir).map_err(error)? {
-            if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
-                count.blobs += 1;
-                count.bytes += stat.st_size.max(0) as u64;
-            }
-        }
-        Ok(count)
-    }
 }
 
 /// An open store.

@@ -34,17 +34,24 @@ pub(super) fn load(store: &Folder, tree: &TreeDigest) -> Result<Tree, Error> {
     Ok(read)
 }
 
+/// Goes through the records of a manifest. What was seen counts only if this ends well: the digest is known at the end.
+fn records(store: &Folder, tree: &TreeDigest, mut visit: impl FnMut(Record)) -> Result<(), Error> {
+    let mut input = Hashing::new(open(store, tree)?);
+    let mut reader = Reader::new(&mut input);
+    while let Some(record) = reader.next_record().map_err(|source| bad(store, tree, source))? {
+        visit(record);
+    }
+    input.finish(tree)
+}
+
 /// The tree's leaves, in the order of the manifest.
 pub(super) fn leaves(store: &Folder, tree: &TreeDigest) -> Result<Vec<Leaf>, Error> {
-    let mut input = Hashing::new(open(store, tree)?);
-    let mut records = Reader::new(&mut input);
     let mut leaves = Vec::new();
-    while let Some(record) = records.next_record().map_err(|source| bad(store, tree, source))? {
+    records(store, tree, |record| {
         if let Record::Leaf { leaf, .. } = record {
             leaves.push(leaf);
         }
-    }
-    input.finish(tree)?;
+    })?;
     Ok(leaves)
 }
 
@@ -71,29 +78,24 @@ pub(super) struct Files {
 
 /// What a manifest says about regular files. Nothing is told of a manifest that is damaged anywhere.
 pub(super) fn files(store: &Folder, tree: &TreeDigest) -> Result<Files, Error> {
-    let mut input = Hashing::new(open(store, tree)?);
-    let mut reader = Reader::new(&mut input);
     let mut found = Files {
         names: 0,
         contents: Vec::new(),
     };
     let mut is_file: Vec<bool> = Vec::new();
-    while let Some(record) = reader.next_record().map_err(|source| bad(store, tree, source))? {
-        match record {
-            Record::Leaf { leaf, .. } => {
-                if let LeafKind::File { digest, size } = leaf.kind {
-                    found.contents.push((digest, size));
-                    is_file.push(true);
-                    found.names += 1;
-                } else {
-                    is_file.push(false);
-                }
+    records(store, tree, |record| match record {
+        Record::Leaf { leaf, .. } => {
+            if let LeafKind::File { digest, size } = leaf.kind {
+                found.contents.push((digest, size));
+                is_file.push(true);
+                found.names += 1;
+            } else {
+                is_file.push(false);
             }
-            Record::Link { leaf, .. } => found.names += u64::from(is_file[leaf.0 as usize]),
-            Record::Dir { .. } | Record::End => {}
         }
-    }
-    input.finish(tree)?;
+        Record::Link { leaf, .. } => found.names += u64::from(is_file[leaf.0 as usize]),
+        Record::Dir { .. } | Record::End => {}
+    })?;
     Ok(found)
 }
 

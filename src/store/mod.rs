@@ -30,8 +30,10 @@ mod quarantine;
 mod reader;
 mod refs;
 mod remove;
+mod replace;
 pub mod retention;
 mod rm;
+mod shards;
 mod stored;
 #[cfg(test)]
 mod testing;

@@ -117,21 +117,13 @@ impl Reader {
 
     /// Every stored content whose digest begins with this byte, sorted. Other files in the folder are passed over.
     pub fn shard(&self, byte: u8) -> Result<Vec<BlobInfo>, Error> {
-        let path = layout::shard_path(byte);
-        let error = |e: Errno| Error::io("list", self.folder.path(&path), e);
-        let dir = match files::open_dir(&self.folder.dir, path.as_str()) {
-            Err(Errno::NOENT) => return Ok(Vec::new()),
-            other => other.map_err(error)?,
-        };
         let mut found = Vec::new();
-        for (name, _) in files::names(&dir).map_err(error)? {
-            let rest = name.to_str().unwrap_or_default();
-            let Some(digest) = Digest::from_hex(&format!("{byte:02x}{rest}")) else {
-                continue;
-            };
+        let Some(shard) = self.folder.list_shard(byte)? else {
+            return Ok(found);
+        };
+        for (digest, name) in shard.iter() {
             // Gone meanwhile, or nothing that the store has made.
-            let stat = files::stat(&dir, name.as_c_str()).map_err(error)?;
-            found.extend(stat.filter(files::is_file).map(|stat| BlobInfo {
+            found.extend(shard.stat(name)?.filter(files::is_file).map(|stat| BlobInfo {
                 digest,
                 size: stat.st_size.max(0) as u64,
                 last_used: files::mtime(&stat),

@@ -11,7 +11,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::sync::{Mutex, MutexGuard};
 use std::time::SystemTime;
 
-use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
@@ -19,6 +18,7 @@ use super::disk::{self, Step};
 use super::error::is_full;
 use super::files::{self, lock};
 use super::layout::{Folder, Inner, REFS, SPARE};
+use super::replace::Steps;
 use super::{Error, Problem, Reader, Store, TreeDigest, remove, time};
 
 /// The version of a ref's file.
@@ -348,12 +348,6 @@ impl Inner {
         }
     }
 
-    fn write_new(&self, [create, write]: [Step; 2], name: &str, text: &[u8]) -> Result<File, io::Error> {
-        let file = disk::create(create, &self.dir, name, OFlags::WRONLY | OFlags::EXCL, 0o600)?;
-        files::write_at(write, file.as_fd(), text, 0, 0)?;
-        Ok(file)
-    }
-
     fn reopen(&self, name: &str) -> Result<File, Error> {
         disk::open_for_writing(&self.dir, name).map_err(|e| self.write_error(name, 4096, e))
     }
@@ -382,23 +376,16 @@ impl Inner {
         if stat.is_some_and(|stat| stat.st_size == SPARE_SIZE as i64) {
             return Ok(());
         }
-        let staged = self.staging_name("spare");
-        let steps = [Step::SpareCreate, Step::SpareWrite];
-        let made = self.write_new(steps, &staged, &[0; SPARE_SIZE]).and_then(|file| {
-            disk::fsync(Step::SpareSync, &file)?;
-            let staged = staged.as_str();
-            Ok(disk::rename(Step::SpareRename, &self.dir, staged, &self.dir, SPARE)?)
-        });
-        match made {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                files::remove_file(Step::SpareDiscard, &self.dir, staged.as_str())
-                    .map_err(|e| Error::io("remove", self.path(&staged), e))?;
-                match is_full(&error) {
-                    true => Ok(()),
-                    false => Err(Error::io("write", self.path(SPARE), error)),
-                }
-            }
+        let steps = Steps {
+            create: Step::SpareCreate,
+            write: Step::SpareWrite,
+            sync: Some(Step::SpareSync),
+            rename: Step::SpareRename,
+            discard: Step::SpareDiscard,
+        };
+        match self.replace(&steps, SPARE, &[0; SPARE_SIZE]) {
+            Err(error) if error.is_disk_full() => Ok(()),
+            other => other,
         }
     }
 

@@ -164,6 +164,24 @@ pub struct Causes {
     pub images: u64,
 }
 
+impl Causes {
+    /// What takes room and how many bytes, the largest first.
+    pub fn largest_first(&self) -> Vec<(&'static str, u64)> {
+        let mut causes = vec![
+            ("current trees", self.current),
+            ("layers and mounts", self.in_use),
+            ("builds under way", self.building),
+            ("fresh contents", self.fresh),
+            ("history", self.history),
+            ("manifests", self.manifests),
+            ("images", self.images),
+        ];
+        causes.retain(|(_, bytes)| *bytes > 0);
+        causes.sort_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        causes
+    }
+}
+
 /// The limits are not met although everything that may go goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]

@@ -3,12 +3,9 @@
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-use rustix::io::Errno;
-
 use super::{Amount, Analytics, BUCKETS, Bucket, Dedup, FileOf, ManifestUse, TopBlob};
-use crate::store::files;
 use crate::store::index::Index;
-use crate::store::layout::{Folder, manifest_path, object_digest, shard_path};
+use crate::store::layout::{Folder, manifest_path};
 use crate::store::stored::{self, Class, Stored};
 use crate::store::{Digest, Error, Problem, TreeDigest, error, gc, manifests};
 
@@ -221,20 +218,14 @@ impl<'a> Count<'a> {
     fn scan(&mut self) -> Result<Amount, Error> {
         let mut garbage = Amount::default();
         for byte in 0..=255u8 {
-            let path = shard_path(byte);
-            let error = |e: Errno| Error::io("list", self.store.path(&path), e);
-            let dir = match files::open_dir(&self.store.dir, path.as_str()) {
-                Err(Errno::NOENT) => continue,
-                other => other.map_err(error)?,
+            let Some(shard) = self.store.list_shard(byte)? else {
+                continue;
             };
-            for (name, _) in files::names(&dir).map_err(error)? {
-                let Some(digest) = object_digest(byte, &name) else {
-                    continue;
-                };
+            for (digest, name) in shard.iter() {
                 let blobs = &self.blobs;
                 if let Some(number) = self.index.get(&digest, |number| blobs[number as usize].digest) {
                     self.blobs[number as usize].present = true;
-                } else if let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? {
+                } else if let Some(stat) = shard.stat(name)? {
                     garbage.add(stat.st_size.max(0) as u64);
                 }
             }

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 use super::Holders;
 use crate::store::files::{self, lock};
 use crate::store::index::Index;
-use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path, object_digest, shard_path};
+use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
 
@@ -182,17 +182,11 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Res
     }
     let mut scanned = 0;
     for byte in 0..=255u8 {
-        let path = shard_path(byte);
-        let error = |e: Errno| Error::io("list", store.path(&path), e);
-        let dir = match files::open_dir(&store.dir, path.as_str()) {
-            Err(Errno::NOENT) => continue,
-            other => other.map_err(error)?,
-        };
         let builds = store.leases.builds();
-        for (name, _) in files::names(&dir).map_err(error)? {
-            let Some(digest) = object_digest(byte, &name) else {
-                continue;
-            };
+        let Some(shard) = store.list_shard(byte)? else {
+            continue;
+        };
+        for (digest, name) in shard.iter() {
             scanned += 1;
             let known = index.get(&digest, |number| facts.blobs[number as usize].digest);
             if let Some(known) = known
@@ -203,7 +197,7 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Res
                 continue;
             }
             // Gone meanwhile: another collection cannot be running, but an admin can.
-            let Some(stat) = files::stat(&dir, name.as_c_str()).map_err(error)? else {
+            let Some(stat) = shard.stat(name)? else {
                 continue;
             };
             let fact = BlobFact {

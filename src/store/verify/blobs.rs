@@ -15,7 +15,7 @@ use super::pace::Pace;
 use super::{BadBlob, Fault, Scope, VerifyProgress};
 use crate::store::disk::{self, Step};
 use crate::store::files::{self, lock};
-use crate::store::layout::{Inner, object_digest, object_path, shard_path};
+use crate::store::layout::{Inner, object_path};
 use crate::store::quarantine::{self, FileId};
 use crate::store::{Digest, Error};
 
@@ -35,18 +35,11 @@ pub(super) struct Chosen {
 pub(super) fn choose(store: &Inner, scope: Scope, since: Option<SystemTime>) -> Result<Chosen, Error> {
     let mut chosen = Chosen::default();
     for byte in 0..=255u8 {
-        let path = shard_path(byte);
-        let error = |e: Errno| Error::io("list", store.path(&path), e);
-        let dir = match files::open_dir(&store.dir, path.as_str()) {
-            Err(Errno::NOENT) => continue,
-            other => other.map_err(error)?,
+        let Some(shard) = store.list_shard(byte)? else {
+            continue;
         };
-        for (name, _) in files::names(&dir).map_err(error)? {
-            // Another name is nothing that the store has made: it is not the store's to judge.
-            let Some(digest) = object_digest(byte, &name) else {
-                continue;
-            };
-            let stat = match files::stat(&dir, name.as_c_str()) {
+        for (digest, name) in shard.iter() {
+            let stat = match shard.stat(name) {
                 Ok(Some(stat)) => stat,
                 Ok(None) => continue,
                 // The reading will say what it is.

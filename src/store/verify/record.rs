@@ -1,14 +1,13 @@
 //! When the last full verification began, in `runs/verify.json`. Best effort: without it, all blobs are read.
 
 use std::io::Read;
-use std::os::fd::AsFd;
 use std::time::{Duration, SystemTime};
 
-use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 
 use crate::store::disk::{self, Step};
 use crate::store::layout::{Inner, RUNS};
+use crate::store::replace::Steps;
 use crate::store::{Error, files, time};
 
 const VERSION: u32 = 1;
@@ -43,28 +42,18 @@ pub(super) fn write_full(store: &Inner, started: SystemTime) -> Result<(), Error
     };
     let text =
         serde_json::to_vec(&record).map_err(|e| Error::io("write", store.path(NAME), std::io::Error::from(e)))?;
-    let staged = store.staging_name("verify");
+    let steps = Steps {
+        create: Step::RecordCreate,
+        write: Step::RecordWrite,
+        sync: Some(Step::RecordSync),
+        rename: Step::RecordRename,
+        discard: Step::RecordDiscard,
+    };
     let written = files::ensure_dir(Step::RunsDir, &store.dir, RUNS)
         .map_err(|e| store.write_error(RUNS, 4096, e))
-        .and_then(|()| {
-            let flags = OFlags::WRONLY | OFlags::EXCL;
-            let file = disk::create(Step::RecordCreate, &store.dir, staged.as_str(), flags, 0o600);
-            let file = file.map_err(|e| store.write_error(&staged, 4096, e))?;
-            files::write_at(Step::RecordWrite, file.as_fd(), &text, 0, 0)
-                .and_then(|()| Ok(disk::fsync(Step::RecordSync, &file)?))
-                .map_err(|e| store.write_error(&staged, 4096, e))?;
-            disk::rename(Step::RecordRename, &store.dir, staged.as_str(), &store.dir, NAME)
-                .map_err(|e| store.write_error(NAME, 4096, e))
-        });
+        .and_then(|()| store.replace(&steps, NAME, &text));
     match written {
-        Err(error) => {
-            // Nothing to add to the error; the next start empties staging.
-            let _ = files::remove_file(Step::RecordDiscard, &store.dir, staged.as_str());
-            match error.is_disk_full() {
-                true => Ok(()),
-                false => Err(error),
-            }
-        }
-        Ok(()) => Ok(()),
+        Err(error) if error.is_disk_full() => Ok(()),
+        other => other,
     }
 }
