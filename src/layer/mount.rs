@@ -68,12 +68,12 @@ pub struct Overlay<'a> {
 
 /// Makes a writable overlay; `target` is where it will go, for messages.
 ///
-/// `redirect_dir=nofollow` and `metacopy=off`, so that `upper` says by itself what changed; `index=off`, because an
-/// index gave wrong snapshots (one mount per upper is the caller's lock).
+/// `redirect_dir` and `metacopy`, so that to rename a folder or to change a file's metadata copies no data; `index=off`,
+/// because an index gave wrong snapshots (one mount per upper is the caller's lock).
 pub fn overlay(layers: &Overlay<'_>, flags: Flags, target: &Path) -> Result<Detached, Error> {
     const OPTIONS: [(&str, &str); 4] = [
-        ("redirect_dir", "nofollow"),
-        ("metacopy", "off"),
+        ("redirect_dir", "on"),
+        ("metacopy", "on"),
         ("index", "off"),
         ("xino", "auto"),
     ];

@@ -1,19 +1,20 @@
 //! A folder of the node as a tree.
 
-use std::ffi::{CString, OsStr};
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
+use rustix::fs::Stat;
 
 use super::error::{Error, FailureKind};
-use super::read::{Reading, Rules, read};
+use super::read::{Place, Reading, Rules, read};
 use super::roots::SourceDir;
 use super::unchanged::{Known, Seen};
 use super::xattrs::Xattrs;
-use crate::store::tree::{DirId, Tree};
+use crate::store::tree::{DirId, LeafKind, Meta, Tree};
 use crate::store::{self, Build, Publish, Revision, Store};
 
 /// What of a folder is read.
@@ -95,9 +96,12 @@ fn scan_knowing(
         cancel,
         store: Some(dir.store),
         known,
+        notes: true,
         progress: &options.progress,
     };
-    read(&dir.folder, || Plain { exclude: &exclude }, &reading)
+    let begin = || Ok(Tree::new(Meta::default()));
+    let (tree, marks, order) = read(&dir.folder, &Plain { exclude: &exclude }, begin, &reading)?;
+    Ok((tree, marks.finish(&order)))
 }
 
 fn globs(texts: &[String]) -> Result<GlobSet, Error> {
@@ -135,20 +139,13 @@ impl Rules for Plain<'_> {
         false
     }
 
-    /// In a plain folder the attributes of an overlay are somebody's data.
-    fn take_marks(&self, _: &mut Xattrs) -> Result<bool, FailureKind> {
-        Ok(false)
+    // In a plain folder the attributes of an overlay are somebody's data.
+
+    fn folder(&self, _: &Tree, _: Option<Place>, _: &mut Xattrs) -> Result<Option<DirId>, FailureKind> {
+        Ok(None)
     }
 
-    fn below_root(&self) -> Option<DirId> {
-        None
-    }
-
-    fn below(&self, _: DirId, _: &[u8]) -> Option<DirId> {
-        None
-    }
-
-    fn merge(&mut self, _: &mut Tree, _: DirId, _: DirId, _: &[CString]) -> Result<(), store::Error> {
-        Ok(())
+    fn leaf(&self, _: &Tree, _: Place, _: &Stat, _: &mut Xattrs) -> Result<Option<LeafKind>, FailureKind> {
+        Ok(None)
     }
 }

@@ -90,8 +90,10 @@ pub enum FailureKind {
     MountPoint,
     /// It is the store itself.
     Store,
-    /// An attribute that an overlay mount with other options than larder's left in a layer.
+    /// An attribute of overlayfs that has a value or a place which larder's mounts don't make.
     Overlay { attribute: String },
+    /// An attribute of overlayfs that leads to a path of the tree below where nothing fits.
+    Below { attribute: &'static str, path: String },
 }
 
 impl fmt::Display for Failure {
@@ -107,7 +109,11 @@ impl fmt::Display for Failure {
             FailureKind::Store => f.write_str("the store itself, which is not entered: exclude it"),
             FailureKind::Overlay { attribute } => write!(
                 f,
-                "it has the attribute {attribute}, which larder's mounts don't make and a snapshot cannot resolve"
+                "it has the attribute {attribute}, which larder's mounts don't make so and a snapshot cannot resolve"
+            ),
+            FailureKind::Below { attribute, path } => write!(
+                f,
+                "its attribute {attribute} leads to {path} of the tree below the layer, and nothing there fits"
             ),
         }
     }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, readlinkat, statat};
 use rustix::io::Errno;
 
+use super::error::FailureKind;
 use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::open_beneath;
 use crate::store::tree::{Leaf, LeafKind, Meta};
@@ -29,9 +30,20 @@ pub(super) enum Trouble {
     Replaced,
     /// Something else is mounted over it.
     MountPoint,
+    /// It means something that cannot be made out.
+    Kind(FailureKind),
     Cancelled,
     /// Nothing of the tree can be stored.
     Store(store::Error),
+}
+
+impl From<FailureKind> for Trouble {
+    fn from(kind: FailureKind) -> Self {
+        match kind {
+            FailureKind::Changed => Trouble::Changed,
+            kind => Trouble::Kind(kind),
+        }
+    }
 }
 
 impl From<Errno> for Trouble {
@@ -45,12 +57,17 @@ impl From<Errno> for Trouble {
     }
 }
 
-/// Reads the entry that had the status `seen` when the walk came by, and stores its content. Tells also the status that
-/// it had before and after being read. Nothing is begun after `cancel` is set.
+/// Says what an entry with this status and these attributes is, if not what lies there; takes from the attributes what
+/// does not belong to the tree.
+pub(super) type Other<'a> = dyn Fn(&Stat, &mut Xattrs) -> Result<Option<LeafKind>, FailureKind> + 'a;
+
+/// Reads the entry that had the status `seen` when the walk came by, and stores its content unless it has an `other`.
+/// Tells also the status that it had before and after being read. Nothing is begun after `cancel` is set.
 pub(super) fn read(
     folder: &OwnedFd,
     name: &CStr,
     seen: &Stat,
+    other: &Other<'_>,
     build: &Build,
     cancel: &AtomicBool,
     buffers: &mut Buffers,
@@ -61,7 +78,7 @@ pub(super) fn read(
         if cancel.load(Ordering::Relaxed) {
             return Err(Trouble::Cancelled);
         }
-        match read_once(folder, name, &before, build, buffers) {
+        match read_once(folder, name, &before, other, build, buffers) {
             Err(Trouble::Changed) if tried < TRIES => {
                 thread::sleep(PAUSE * (1 << tried));
                 tried += 1;
@@ -73,7 +90,7 @@ pub(super) fn read(
                     return Err(Trouble::Replaced);
                 }
             }
-            other => return Ok((other?, before)),
+            read => return Ok((read?, before)),
         }
     }
 }
@@ -82,11 +99,12 @@ fn read_once(
     folder: &OwnedFd,
     name: &CStr,
     before: &Stat,
+    other: &Other<'_>,
     build: &Build,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
     if file_type(before) == FileType::RegularFile {
-        return read_file(folder, name, before, build, buffers);
+        return read_file(folder, name, before, other, build, buffers);
     }
     // A place, which opens no device and no FIFO. All that follows is about this one inode, and it is no mount's: the
     // status alone would be that of what is mounted there.
@@ -106,7 +124,8 @@ fn read_once(
         // A type that did not exist when this was written.
         _ => return Err(Trouble::Errno(Errno::NOTSUP)),
     };
-    let xattrs = buffers.at(&place)?;
+    let mut xattrs = buffers.at(&place)?;
+    let kind = other(before, &mut xattrs)?.unwrap_or(kind);
     if !same(before, &fstat(&place)?) {
         return Err(Trouble::Changed);
     }
@@ -120,6 +139,7 @@ fn read_file(
     folder: &OwnedFd,
     name: &CStr,
     before: &Stat,
+    other: &Other<'_>,
     build: &Build,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
@@ -129,23 +149,34 @@ fn read_file(
     if !same(before, &fstat(&file)?) {
         return Err(Trouble::Changed);
     }
-    let xattrs = buffers.of(&file)?;
-    let blob = build.put_file(&file).map_err(|error| match error {
+    let mut xattrs = buffers.of(&file)?;
+    let kind = match other(before, &mut xattrs)? {
+        Some(kind) => kind,
+        None => put(&file, before, build)?,
+    };
+    if !same(before, &fstat(&file)?) {
+        return Err(Trouble::Changed);
+    }
+    Ok(Leaf {
+        meta: meta(before, xattrs),
+        kind,
+    })
+}
+
+fn put(file: &File, before: &Stat, build: &Build) -> Result<LeafKind, Trouble> {
+    let blob = build.put_file(file).map_err(|error| match error {
         store::Error::Source(e) => match Errno::from_io_error(&e) {
             Some(errno) => Trouble::from(errno),
             None => Trouble::Errno(Errno::IO),
         },
         other => Trouble::Store(other),
     })?;
-    if !same(before, &fstat(&file)?) || i64::try_from(blob.size) != Ok(before.st_size) {
+    if i64::try_from(blob.size) != Ok(before.st_size) {
         return Err(Trouble::Changed);
     }
-    Ok(Leaf {
-        meta: meta(before, xattrs),
-        kind: LeafKind::File {
-            digest: blob.digest,
-            size: blob.size,
-        },
+    Ok(LeafKind::File {
+        digest: blob.digest,
+        size: blob.size,
     })
 }
 

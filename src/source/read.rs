@@ -15,10 +15,10 @@ use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
 use super::leaf::{self, Trouble, device, file_type, meta, same};
-use super::unchanged::{Known, Marks, Seen};
+use super::unchanged::{Known, Marks};
 use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::{Descent, names, open_beneath};
-use crate::store::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Tree};
+use crate::store::tree::{DirId, Entry, Leaf, LeafId, LeafKind, Meta, Tree};
 use crate::store::{self, Build};
 
 /// Entries that are read together. Each may keep its folder open.
@@ -27,25 +27,28 @@ const BATCH: usize = 256;
 /// How often a tree that changes while it is read is read again.
 const TRIES: u32 = 3;
 
-/// What a pass makes of what it meets.
-pub(super) trait Rules: Send {
+/// What a pass makes of what it meets. `tree` is the one under way, in which the tree below lies too, if there is one.
+pub(super) trait Rules: Sync {
     /// Whether the entry with this path, relative to the root, is left out.
     fn excludes(&self, path: &[u8]) -> bool;
 
     /// Whether a character device 0/0 is a deletion, and no entry that cannot be kept.
     fn has_whiteouts(&self) -> bool;
 
-    /// Takes overlayfs's own attributes from an entry's; says whether they hide what lies below.
-    fn take_marks(&self, xattrs: &mut Xattrs) -> Result<bool, FailureKind>;
+    /// The folder of the tree below whose entries a folder shows besides its own. Takes overlayfs's own attributes from
+    /// those of the folder, which is the root if it is at no place.
+    fn folder(&self, tree: &Tree, at: Option<Place>, xattrs: &mut Xattrs) -> Result<Option<DirId>, FailureKind>;
 
-    /// The folder below the root, if there is one.
-    fn below_root(&self) -> Option<DirId>;
+    /// What a leaf is if not what lies there. Takes overlayfs's own attributes from those of the leaf.
+    fn leaf(&self, tree: &Tree, at: Place, stat: &Stat, xattrs: &mut Xattrs) -> Result<Option<LeafKind>, FailureKind>;
+}
 
-    /// The folder below the entry of a folder.
-    fn below(&self, parent: DirId, name: &[u8]) -> Option<DirId>;
-
-    /// Adds the entries of the folder `below` to `dir`, but for those that `hidden` (sorted) names.
-    fn merge(&mut self, tree: &mut Tree, below: DirId, dir: DirId, hidden: &[CString]) -> Result<(), store::Error>;
+/// Where an entry is.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Place<'a> {
+    /// The folder of the tree below that the entry's folder shows.
+    pub below: Option<DirId>,
+    pub name: &'a [u8],
 }
 
 /// What surrounds a pass.
@@ -56,19 +59,24 @@ pub(super) struct Reading<'a> {
     pub store: Option<(u64, u64)>,
     /// What was read of this folder before.
     pub known: Option<&'a Known>,
+    /// Whether marks are made of what is read.
+    pub notes: bool,
     /// Counts the entries that have been read.
     pub progress: &'a AtomicU64,
 }
 
-/// Reads everything below `root`; again when folders changed meanwhile.
-pub(super) fn read<R: Rules>(
+/// Reads everything below `root`; again when folders changed meanwhile. `begin` gives the tree to begin with: its root
+/// has no entries, and what else is in it may be shown by [`Rules::folder`]. With the tree come the marks of what was read,
+/// by the numbers that leaves had first, and these numbers in the order of the tree.
+pub(super) fn read(
     root: &OwnedFd,
-    mut rules: impl FnMut() -> R,
+    rules: &dyn Rules,
+    mut begin: impl FnMut() -> Result<Tree, Error>,
     reading: &Reading,
-) -> Result<(Tree, Seen), Error> {
+) -> Result<(Tree, Marks, Vec<u32>), Error> {
     let mut tried = 1;
     loop {
-        let mut walk = Walk::new(root, rules(), reading)?;
+        let mut walk = Walk::new(root, rules, begin()?, reading)?;
         walk.run()?;
         let tree = std::mem::replace(&mut walk.tree, Tree::new(Meta::default()));
         let (looked, finished) = rayon::join(|| walk.look_again(root), || tree.finish_and_tell());
@@ -79,7 +87,7 @@ pub(super) fn read<R: Rules>(
         }
         walk.failures.into_result()?;
         let (tree, order) = finished.map_err(store::Error::from)?;
-        return Ok((tree, walk.marks.finish(&order)));
+        return Ok((tree, walk.marks, order));
     }
 }
 
@@ -111,13 +119,15 @@ struct Pending {
     /// The visit of its folder.
     visit: usize,
     name: CString,
+    /// The folder of the tree below that its folder shows.
+    below: Option<DirId>,
     stat: Stat,
     leaf: LeafId,
     order: u64,
 }
 
-struct Walk<'a, R> {
-    rules: R,
+struct Walk<'a> {
+    rules: &'a dyn Rules,
     reading: &'a Reading<'a>,
     descent: Descent,
     tree: Tree,
@@ -132,8 +142,8 @@ struct Walk<'a, R> {
     order: u64,
 }
 
-impl<'a, R: Rules> Walk<'a, R> {
-    fn new(root: &OwnedFd, rules: R, reading: &'a Reading<'a>) -> Result<Self, Error> {
+impl<'a> Walk<'a> {
+    fn new(root: &OwnedFd, rules: &'a dyn Rules, tree: Tree, reading: &'a Reading<'a>) -> Result<Self, Error> {
         let root = root
             .try_clone()
             .map_err(|source| Error::io("open", "the source".as_ref(), source))?;
@@ -145,7 +155,7 @@ impl<'a, R: Rules> Walk<'a, R> {
             reading,
             marks: Marks::new(device),
             descent: Descent::new(root).map_err(|source| Error::io("open", "the source".as_ref(), source))?,
-            tree: Tree::new(Meta::default()),
+            tree,
             failures: Failures::default(),
             visits: Vec::new(),
             path: Vec::new(),
@@ -157,11 +167,8 @@ impl<'a, R: Rules> Walk<'a, R> {
     }
 
     fn run(&mut self) -> Result<(), Error> {
-        let below = self.rules.below_root();
-        let mut frames: Vec<Frame> = self
-            .folder(Tree::ROOT, below, (0, 0), c"".into())?
-            .into_iter()
-            .collect();
+        let root = self.folder(Tree::ROOT, None, (0, 0), c"".into())?;
+        let mut frames: Vec<Frame> = root.into_iter().collect();
         while let Some(frame) = frames.last_mut() {
             if self.reading.cancel.load(Ordering::Relaxed) {
                 return Err(Error::Cancelled);
@@ -203,7 +210,6 @@ impl<'a, R: Rules> Walk<'a, R> {
             self.fail(error_kind(&error));
             return Ok(None);
         }
-        let below = below.and_then(|below| self.rules.below(below, name.to_bytes()));
         let dir = self
             .tree
             .add_dir(parent, name.to_bytes(), Meta::default())
@@ -215,11 +221,12 @@ impl<'a, R: Rules> Walk<'a, R> {
         Ok(frame)
     }
 
-    /// Reads the current folder's attributes and names; what is no folder is read later.
+    /// Reads the current folder's attributes and names; what is no folder is read later. `above`: what the folder that
+    /// it is in shows of the tree below.
     fn folder(
         &mut self,
         dir: DirId,
-        below: Option<DirId>,
+        above: Option<DirId>,
         (parent, depth): (usize, usize),
         name: CString,
     ) -> Result<Option<Frame>, Error> {
@@ -231,8 +238,12 @@ impl<'a, R: Rules> Walk<'a, R> {
                 return Ok(None);
             }
         };
-        let opaque = match self.rules.take_marks(&mut xattrs) {
-            Ok(opaque) => opaque,
+        let place = (depth > 0).then_some(Place {
+            below: above,
+            name: name.to_bytes(),
+        });
+        let below = match self.rules.folder(&self.tree, place, &mut xattrs) {
+            Ok(below) => below,
             Err(kind) => {
                 self.fail(kind);
                 return Ok(None);
@@ -246,18 +257,17 @@ impl<'a, R: Rules> Walk<'a, R> {
             name,
             stat,
         });
-        let below = below.filter(|_| !opaque);
         let length = self.path.len();
         let mut folders = Vec::new();
         for name in &names {
             self.push(name);
             if !self.rules.excludes(&self.path) {
-                self.entry(&folder, dir, visit, name, &mut folders)?;
+                self.entry(&folder, dir, below, visit, name, &mut folders)?;
             }
             self.path.truncate(length);
         }
         if let Some(below) = below {
-            self.rules.merge(&mut self.tree, below, dir, &names)?;
+            self.show_below(below, dir, &names);
         }
         folders.reverse();
         Ok(Some(Frame {
@@ -267,6 +277,15 @@ impl<'a, R: Rules> Walk<'a, R> {
             path: length,
             folders,
         }))
+    }
+
+    /// Adds the entries of a folder of the tree below, but for those that have one of the names (sorted), which are
+    /// above them. What is below an entry is not copied: it is where it was, and gets another name.
+    fn show_below(&mut self, below: DirId, dir: DirId, names: &[CString]) {
+        let hidden = |entry: &&Entry| names.binary_search_by(|name| name.to_bytes().cmp(&entry.name)).is_ok();
+        let entries = &self.tree.dir(below).entries;
+        let shown: Vec<Entry> = entries.iter().filter(|entry| !hidden(entry)).cloned().collect();
+        self.tree.dirs[dir.0 as usize].entries.extend(shown);
     }
 
     fn look(&mut self) -> std::io::Result<(Arc<OwnedFd>, Stat, Xattrs, Vec<CString>)> {
@@ -281,6 +300,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         &mut self,
         folder: &Arc<OwnedFd>,
         dir: DirId,
+        below: Option<DirId>,
         visit: usize,
         name: &CString,
         folders: &mut Vec<(CString, Stat)>,
@@ -337,7 +357,7 @@ impl<'a, R: Rules> Walk<'a, R> {
         }
         if is_unchanged {
             self.reading.progress.fetch_add(1, Ordering::Relaxed);
-            self.marks.add(leaf.0 as usize, &stat);
+            self.mark(leaf, &stat);
             return Ok(());
         }
         self.order += 1;
@@ -345,6 +365,7 @@ impl<'a, R: Rules> Walk<'a, R> {
             folder: folder.clone(),
             visit,
             name: name.clone(),
+            below,
             stat,
             leaf,
             order: self.order,
@@ -362,26 +383,29 @@ impl<'a, R: Rules> Walk<'a, R> {
             return Err(Error::Cancelled);
         }
         let (build, cancel, progress) = (self.reading.build, self.reading.cancel, self.reading.progress);
+        let (rules, tree) = (self.rules, &self.tree);
         let pending = std::mem::take(&mut self.pending);
         let read: Vec<Result<(Leaf, Stat), Trouble>> = pending
             .par_iter()
             .map_init(Buffers::new, |buffers, entry| {
-                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, build, cancel, buffers);
+                let place = Place {
+                    below: entry.below,
+                    name: entry.name.to_bytes(),
+                };
+                let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
+                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, build, cancel, buffers);
                 progress.fetch_add(1, Ordering::Relaxed);
                 read
             })
             .collect();
         for (entry, read) in pending.into_iter().zip(read) {
             let kind = match read {
-                Ok((mut leaf, stat)) => match self.rules.take_marks(&mut leaf.meta.xattrs) {
-                    Ok(_) => {
-                        let number = entry.leaf.0 as usize;
-                        self.tree.leaves[number] = leaf;
-                        self.marks.add(number, &stat);
-                        continue;
-                    }
-                    Err(kind) => kind,
-                },
+                Ok((leaf, stat)) => {
+                    self.tree.leaves[entry.leaf.0 as usize] = leaf;
+                    self.mark(entry.leaf, &stat);
+                    continue;
+                }
+                Err(Trouble::Kind(kind)) => kind,
                 Err(Trouble::Store(error)) => return Err(error.into()),
                 Err(Trouble::Cancelled) => return Err(Error::Cancelled),
                 Err(Trouble::MountPoint) => FailureKind::MountPoint,
@@ -421,6 +445,12 @@ impl<'a, R: Rules> Walk<'a, R> {
             }
         }
         Ok(())
+    }
+
+    fn mark(&mut self, leaf: LeafId, stat: &Stat) {
+        if self.reading.notes {
+            self.marks.add(leaf.0 as usize, stat);
+        }
     }
 
     fn push(&mut self, name: &CString) {

@@ -8,7 +8,7 @@ mod unchanged;
 use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::rc::Rc;
@@ -503,31 +503,4 @@ fn operate(root: &Path, random: &mut Random) {
         14 => fs::create_dir(&path),
         _ => fs::remove_file(&path).and_then(|()| fs::create_dir(&path)),
     };
-}
-
-#[test]
-fn what_another_overlay_left_is_refused_by_path_and_attribute() {
-    let place = Place::new();
-    fs::create_dir(place.source.join("d")).unwrap();
-    fs::write(place.source.join("d/f"), "x").unwrap();
-    let mounted = Mounted::over(place, layer::Mode::Tmpfs);
-    fs::write(mounted.path.join("d/f"), "changed").unwrap();
-    let upper = mounted
-        .place
-        .store
-        .root()
-        .join("layers")
-        .join(mounted.spec.id.as_str())
-        .join("disk/upper/d/f");
-    assert!(upper.metadata().unwrap().ino() > 0);
-    for attribute in ["trusted.overlay.metacopy", "trusted.overlay.redirect"] {
-        rustix::fs::setxattr(&upper, attribute, b"/x", rustix::fs::XattrFlags::empty()).unwrap();
-        let build = mounted.place.store.build().unwrap();
-        let error = snapshot(&mounted.layers, &mounted.spec.id, &build, &AtomicBool::new(false)).unwrap_err();
-        assert!(
-            error.to_string().contains("d/f") && error.to_string().contains(attribute),
-            "{error}"
-        );
-        run("setfattr", &[OsStr::new("-x"), attribute.as_ref(), upper.as_os_str()]);
-    }
 }
