@@ -22,6 +22,7 @@ build: ## The program, optimized: target/release/larder
 .PHONY: test
 test: setup tools lint ## Everything: lint, unit, store, mount and API-server tests (root; minutes when the tools are built)
 	cargo test --locked
+	for road in paths copy; do LARDER_TEST_ROAD=$$road cargo test --locked --test mounts; done
 
 .PHONY: lint
 lint: setup tools ## Formatting, clippy, rustdoc, shellcheck, rendering of deploy/
@@ -40,7 +41,7 @@ demo-stop: ## Ends what `make demo KEEP=1` left running
 	hack/demo --stop
 
 .PHONY: bench
-bench: setup tools ## Times and memory against goals; ONLY=store or ONLY=ready runs one part
+bench: setup tools ## Times and memory against goals; ONLY=ready, store or layers runs one part
 	hack/bench $(ONLY)
 
 .PHONY: soak

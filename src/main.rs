@@ -90,6 +90,10 @@ struct AgentArgs {
     /// Let setuid files and file capabilities work in layers. Any user who can reach a layer can then use them.
     #[arg(long)]
     allow_suid: bool,
+    /// How layers come by their trees: descriptors, paths (both from an image), or copy. Absent: the first that the
+    /// kernel can.
+    #[arg(long, value_name = "ROAD")]
+    layer_road: Option<layer::Road>,
     /// Space that builds leave free on the store's disk.
     #[arg(long, default_value = "1Gi", value_parser = parse_size)]
     reserved_free: u64,
@@ -155,6 +159,7 @@ fn run_agent(args: AgentArgs) -> anyhow::Result<()> {
         layers: layer::Options {
             default_size: args.default_layer_size.0,
             allow_suid: args.allow_suid,
+            road: args.layer_road,
         },
         orphan_grace: args.orphan_grace,
     };

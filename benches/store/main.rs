@@ -4,11 +4,14 @@
 //!
 //! `ROUNDS=1` is a quick look, `FILESYSTEMS=ext4` one of the two.
 
+mod corpus;
+#[path = "../support/disk.rs"]
 mod disk;
 #[path = "../support/goals.rs"]
 mod goals;
 mod large;
 mod many;
+#[path = "../support/run.rs"]
 mod run;
 mod tools;
 
@@ -105,7 +108,7 @@ impl Figures {
 fn corpus(disk: &Disk, kind: &str, goals: &mut Goals) {
     let root = &disk.root;
     let folder = root.join("corpus");
-    let (files, bytes) = disk::corpus(&folder);
+    let (files, bytes) = corpus::copy(&folder);
     read_all(root, &folder);
     let changing = some_files(&folder, CHANGED);
     let mut figures = Figures::default();

@@ -2,7 +2,7 @@
 
 use jiff::Timestamp;
 
-use crate::api::conditions::{Verdict, merge, reasons};
+use crate::api::conditions::{NEARLY_FULL, Verdict, Wanted, merge, reasons};
 use crate::api::{
     Invalid, LAYER_FINALIZER, LayerMode, Owner, Parsed, Size, WritableLayer, WritableLayerStatus, human_size,
 };
@@ -84,6 +84,7 @@ pub enum Outcome {
         size: Option<u64>,
         lost: bool,
         used: Option<u64>,
+        nearly_full: bool,
     },
     Waiting {
         reason: &'static str,
@@ -175,10 +176,7 @@ pub fn step(
     };
     let spec = LayerSpec {
         id,
-        owner: LayerOwner {
-            namespace: key.namespace.clone(),
-            name: key.name.clone(),
-        },
+        owner: LayerOwner::object(&key.namespace, &key.name),
         tree,
         mode: match observed.mode {
             LayerMode::Overlay => Mode::Overlay,
@@ -193,27 +191,30 @@ pub fn step(
     }
 }
 
-/// Mounts a layer, and grows it if it is smaller than it should be. Blocks.
-pub fn prepare(layers: &Layers, spec: &LayerSpec, grow: Option<u64>) -> Outcome {
+/// Mounts a layer, and grows it if it is smaller than it should be. Tells also whether it was not mounted before.
+/// Blocks.
+pub fn prepare(layers: &Layers, spec: &LayerSpec, grow: Option<u64>) -> (Outcome, bool) {
     let mut prepared = match layers.prepare(spec) {
         Ok(prepared) => prepared,
-        Err(error) => return outcome(error),
+        Err(error) => return (outcome(error), false),
     };
     // Limits are whole blocks, so that a smaller difference is none.
     if let Some(size) = grow.filter(|size| prepared.size.is_some_and(|now| now / 4096 < size / 4096)) {
         match layers.grow(&spec.id, size) {
             Ok(()) => prepared.size = Some(size),
-            Err(error) => return outcome(error),
+            Err(error) => return (outcome(error), false),
         }
     }
     let used = layers.used_bytes(&spec.id).ok();
-    Outcome::Mounted {
+    let mounted = Outcome::Mounted {
         tree: spec.tree,
         path: prepared.path.to_string_lossy().into_owned(),
         size: prepared.size,
         lost: prepared.lost == Some(Lost::Reboot),
-        used: used.and_then(|used| threshold(used, prepared.size, None)),
-    }
+        used,
+        nearly_full: used.is_some_and(|used| nearly_full(used, prepared.size, false)),
+    };
+    (mounted, !prepared.reused)
 }
 
 /// Unmounts a layer and removes its data. Blocks.
@@ -269,6 +270,13 @@ pub fn threshold(bytes: u64, limit: Option<u64>, reported: Option<u64>) -> Optio
     }
 }
 
+/// Whether to say that little is left: from nine tenths of the limit on, and until a twentieth less is used, so that a
+/// layer at the mark does not say it again and again.
+pub fn nearly_full(bytes: u64, limit: Option<u64>, said: bool) -> bool {
+    let percent = if said { 85 } else { 90 };
+    limit.is_some_and(|limit| u128::from(bytes) * 100 >= u128::from(limit) * percent)
+}
+
 impl Outcome {
     /// What Ready says of it.
     pub fn verdict(&self) -> Verdict {
@@ -296,6 +304,49 @@ impl Outcome {
         }
     }
 
+    /// Every condition of it.
+    fn conditions(&self) -> Vec<Wanted> {
+        let mut conditions = self.verdict().conditions();
+        if let Self::Mounted {
+            nearly_full: true,
+            size: Some(size),
+            used: Some(used),
+            ..
+        } = self
+        {
+            conditions.push(Wanted {
+                kind: NEARLY_FULL,
+                status: true,
+                reason: reasons::SPACE_USED,
+                message: format!(
+                    "{} of {} are used; at the limit, writing fails with ENOSPC: raise spec.sizeLimit or delete files in the layer",
+                    human_size(*used),
+                    human_size(*size)
+                ),
+            });
+        }
+        conditions
+    }
+
+    /// Takes note of how many bytes are used now.
+    pub fn note_use(&mut self, bytes: u64) {
+        if let Self::Mounted {
+            used,
+            size,
+            nearly_full: full,
+            ..
+        } = self
+        {
+            let full_now = nearly_full(bytes, *size, *full);
+            *used = match full_now == *full {
+                true => threshold(bytes, *size, *used),
+                // With the news comes the figure.
+                false => Some(bytes),
+            };
+            *full = full_now;
+        }
+    }
+
     /// Whether the agent is to try again by itself, without a change of the object or its manifest.
     pub fn again(&self) -> bool {
         match self {
@@ -308,7 +359,7 @@ impl Outcome {
     /// The status that says so. What is known of the data stays until it is known otherwise.
     pub fn status(&self, observed: &Observed, store_id: &str, now: Timestamp) -> WritableLayerStatus {
         let old = &observed.status;
-        let conditions = merge(&old.conditions, self.verdict().conditions(), observed.generation, now);
+        let conditions = merge(&old.conditions, self.conditions(), observed.generation, now);
         let kept = WritableLayerStatus {
             observed_generation: observed.generation,
             conditions,
@@ -338,6 +389,7 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::conditions::find;
     use serde_json::json;
 
     const UID: &str = "6f1ed002-ab59-4a7c-8a5d-0123456789ab";
@@ -419,6 +471,37 @@ mod tests {
     }
 
     #[test]
+    fn a_layer_says_when_little_is_left_and_takes_it_back_a_twentieth_later() {
+        let mut outcome = Outcome::Mounted {
+            tree: TreeDigest::from_bytes([7; 32]),
+            path: "/x".into(),
+            size: Some(1 << 30),
+            lost: false,
+            used: Some(1 << 20),
+            nearly_full: false,
+        };
+        let percent = |percent: u64| (1u64 << 30) / 100 * percent + 99;
+        let mut observed = observed(json!({}));
+        for (used, says) in [
+            (89, None),
+            (90, Some("922Mi of 1Gi are used")),
+            (86, Some("881Mi of 1Gi are used")),
+            (84, None),
+            (100, Some("1Gi of 1Gi are used")),
+        ] {
+            outcome.note_use(percent(used));
+            observed.status = outcome.status(&observed, "s", Timestamp::from_second(10).unwrap());
+            let full = find(&observed.status.conditions, NEARLY_FULL);
+            assert_eq!(full.is_some(), says.is_some(), "{used} percent: {full:?}");
+            if let (Some(full), Some(says)) = (full, says) {
+                assert_eq!((&*full.status, &*full.reason), ("True", "SpaceUsed"));
+                assert!(full.message.starts_with(says), "{used} percent: {}", full.message);
+            }
+        }
+        assert!(!nearly_full(u64::MAX, None, true), "without a limit nothing is full");
+    }
+
+    #[test]
     fn a_status_from_its_own_outcome_changes_nothing() {
         let outcome = Outcome::Mounted {
             tree: TreeDigest::from_bytes([7; 32]),
@@ -426,6 +509,7 @@ mod tests {
             size: None,
             lost: false,
             used: Some(1),
+            nearly_full: false,
         };
         let mut observed = observed(json!({}));
         let first = outcome.status(&observed, "s", Timestamp::from_second(10).unwrap());

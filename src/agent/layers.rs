@@ -16,12 +16,12 @@ use super::builds::MountedLayers;
 use super::layer_plan::{self, Observed, Outcome, Step};
 use super::node::Placed;
 use super::tell;
-use crate::api::conditions::reasons;
+use crate::api::conditions::{NEARLY_FULL, reasons};
 use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer};
 use crate::cluster::{
     AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, uid_of,
 };
-use crate::layer::{LayerId, LayerRecord, Layers};
+use crate::layer::{LayerId, LayerRecord, Layers, OwnerKind};
 use crate::telemetry::Health;
 
 /// Layers prepared or released at once.
@@ -29,6 +29,9 @@ const MAX_AT_WORK: usize = 8;
 
 /// How often the layers' use of space is looked at, and orphans are looked for.
 const TICK: Duration = Duration::from_secs(30);
+
+/// How long the mounts of a tree wait for its next layer.
+const UNUSED: Duration = Duration::from_secs(600);
 
 /// How long a deleted layer waits for processes that use it before it is detached from them.
 const PATIENCE: Duration = Duration::from_secs(300);
@@ -56,6 +59,7 @@ struct Entry {
     write_backoff: Backoff,
     /// What the last event said.
     announced: Option<Said>,
+    announced_full: Option<Said>,
     /// When the deletion was first held up by somebody who uses the layer.
     in_use_since: Option<Instant>,
 }
@@ -66,6 +70,8 @@ enum Done {
         uid: String,
         outcome: Box<Outcome>,
         record: Option<LayerRecord>,
+        /// If it was mounted and had not been before.
+        mounted_in: Option<Duration>,
     },
     Finalizer {
         key: ObjectKey,
@@ -251,13 +257,15 @@ impl Keeper {
             Step::Prepare { spec, grow } => {
                 let layers = self.start.layers.clone();
                 self.tasks.spawn_blocking(move || {
-                    let outcome = Box::new(layer_plan::prepare(&layers, &spec, grow));
+                    let started = Instant::now();
+                    let (outcome, anew) = layer_plan::prepare(&layers, &spec, grow);
                     let record = layers.record(&spec.id).ok().flatten();
                     Done::Worked {
                         key,
                         uid,
-                        outcome,
+                        outcome: Box::new(outcome),
                         record,
+                        mounted_in: anew.then(|| started.elapsed()),
                     }
                 });
             }
@@ -271,6 +279,7 @@ impl Keeper {
                         uid,
                         outcome,
                         record,
+                        mounted_in: None,
                     }
                 });
             }
@@ -285,7 +294,15 @@ impl Keeper {
                 uid,
                 outcome,
                 record,
+                mounted_in,
             } => {
+                let metrics = self.start.health.metrics();
+                if let Some(took) = mounted_in {
+                    metrics.layer_mount_seconds.observe(took.as_secs_f64());
+                }
+                if outcome.verdict().reason() == reasons::MOUNT_FAILED {
+                    metrics.layer_mount_failures.inc();
+                }
                 if let Ok(id) = uid.parse::<LayerId>() {
                     match record {
                         Some(record) => drop(self.records.insert(id, record)),
@@ -391,10 +408,12 @@ impl Keeper {
             return due;
         }
         entry.writing = true;
-        let (observed, announced) = (&entry.observed, &mut entry.announced);
-        let (old, new) = (&observed.status.conditions, &status.conditions);
+        let observed = &entry.observed;
+        let (uid, old, new) = (&observed.uid, &observed.status.conditions, &status.conditions);
         self.announcer
-            .announce_ready::<WritableLayer>(key, &observed.uid, old, new, announced);
+            .announce_ready::<WritableLayer>(key, uid, old, new, &mut entry.announced);
+        self.announcer
+            .warn_of::<WritableLayer>(NEARLY_FULL, key, uid, old, new, &mut entry.announced_full);
         let (client, key) = (self.start.client.clone(), key.clone());
         let resource_version = entry.observed.resource_version.clone();
         self.tasks.spawn(async move {
@@ -415,15 +434,22 @@ impl Keeper {
             .filter(|(_, entry)| entry.is_mounted())
             .filter_map(|(key, entry)| Some((key.clone(), entry.observed.id()?)))
             .collect();
-        self.start
-            .health
-            .metrics()
-            .layers
-            .set(i64::try_from(mounted.len()).unwrap_or(i64::MAX));
+        let outcomes = self.entries.values().filter(|entry| entry.is_mounted());
+        let (mut full, mut bytes) = (0, 0u64);
+        for outcome in outcomes.filter_map(|entry| entry.outcome.as_ref()) {
+            if let Outcome::Mounted { used, nearly_full, .. } = outcome {
+                full += i64::from(*nearly_full);
+                bytes = bytes.saturating_add(used.unwrap_or(0));
+            }
+        }
+        let metrics = self.start.health.metrics();
+        metrics.layers.set(i64::try_from(mounted.len()).unwrap_or(i64::MAX));
+        metrics.layers_nearly_full.set(full);
+        metrics.layer_used_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
         tell(&self.start.mounted, mounted);
     }
 
-    /// Looks how much the layers use.
+    /// Looks how much the layers use, and unmounts what none of them uses any more.
     fn measure(&mut self) {
         if self.measuring {
             return;
@@ -444,7 +470,13 @@ impl Keeper {
                         None
                     }
                 });
-            Done::Used(used.collect())
+            let used = used.collect();
+            match layers.unmount_unused(UNUSED) {
+                Ok(0) => {}
+                Ok(mounts) => debug!(mounts, "unmounted trees that no layer shows any more"),
+                Err(error) => warn!(%error, "cannot unmount a tree that no layer shows any more"),
+            }
+            Done::Used(used)
         });
     }
 
@@ -457,8 +489,11 @@ impl Keeper {
         let owned: std::collections::HashSet<LayerId> =
             self.entries.values().filter_map(|entry| entry.observed.id()).collect();
         self.orphans.retain(|id, _| !owned.contains(id));
-        for id in self.records.keys().filter(|id| !owned.contains(*id)) {
-            self.orphans.entry(id.clone()).or_insert((now, false));
+        for (id, record) in &self.records {
+            // What an admin has made by hand, an admin releases.
+            if !owned.contains(id) && record.owner.kind == OwnerKind::Object {
+                self.orphans.entry(id.clone()).or_insert((now, false));
+            }
         }
         let grace = self.start.orphan_grace;
         for (id, (since, at_work)) in &mut self.orphans {
@@ -493,6 +528,7 @@ impl Entry {
             writing: false,
             write_backoff: Backoff::default(),
             announced: None,
+            announced_full: None,
             in_use_since: None,
         }
     }
@@ -524,8 +560,8 @@ impl Entry {
     }
 
     fn note_use(&mut self, bytes: u64) {
-        if let Some(Outcome::Mounted { used, size, .. }) = &mut self.outcome {
-            *used = layer_plan::threshold(bytes, *size, *used);
+        if let Some(outcome) = &mut self.outcome {
+            outcome.note_use(bytes);
         }
     }
 }

@@ -21,12 +21,12 @@ use std::time::Duration;
 use kube::Client;
 use kube::runtime::watcher;
 use tokio::sync::{Notify, mpsc, watch};
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::api::{NodeStore, WritableLayer};
 use crate::cli::control::Control;
 use crate::cluster::{Followed, ObjectKey, follow, heartbeat};
-use crate::layer::{self, LayerRecord, Layers};
+use crate::layer::{self, Found, LayerRecord, Layers};
 use crate::source::{self, Roots, SourceRoot};
 use crate::store::{self, Ref, Store};
 use crate::telemetry::Health;
@@ -71,6 +71,8 @@ pub enum Error {
 /// What was found on the disk.
 struct Disk {
     builder: Builder,
+    /// How layers are made here; `None` if they cannot be.
+    road: Option<layer::Road>,
     spec: Option<saved::SavedSpec>,
     memory: retention::Memory,
     refs: BTreeMap<ObjectKey, Ref>,
@@ -122,6 +124,7 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         health: health.clone(),
         node: options.node.clone(),
         builder: disk.builder,
+        road: disk.road,
         spec: disk.spec,
         refs: disk.refs,
         problem: disk.problem,
@@ -167,6 +170,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         layers,
         roots: Arc::new(roots),
     };
+    let road = find_road(&builder.layers);
     let (refs, problem) = work::read_refs(&builder)?;
     let (records, layer_problems) = builder.layers.list()?;
     for problem in &layer_problems {
@@ -196,6 +200,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         spec: or_none(saved::load(&options.root.join(saved::SPEC))),
         memory: or_none(saved::load(&options.root.join(saved::MEMORY))).unwrap_or_default(),
         builder,
+        road,
         refs,
         problem,
         records,
@@ -205,6 +210,23 @@ fn open(options: &Options) -> Result<Disk, Error> {
             .ok(),
         commands,
     })
+}
+
+/// Trees are built also where no layer can be made.
+fn find_road(layers: &Layers) -> Option<layer::Road> {
+    match layers.road() {
+        Ok(Found { road, closed }) => {
+            for (better, error) in closed {
+                info!(road = %better, %error, "layers cannot be made in this way here");
+            }
+            info!(%road, "layers are made");
+            Some(*road)
+        }
+        Err(error) => {
+            error!(%error, "layers cannot be made on this node");
+            None
+        }
+    }
 }
 
 fn or_none<T>(loaded: Result<Option<T>, saved::FileError>) -> Option<T> {

@@ -22,6 +22,7 @@ use super::work::{self, Built, Collected, Counted, Done};
 use crate::api::conditions::{Verdict, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
 use crate::cluster::{AGENT_MANAGER, Backoff, Followed, ObjectKey, apply_status};
+use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
 
@@ -44,6 +45,7 @@ pub struct Start {
     pub health: Health,
     pub node: String,
     pub builder: Builder,
+    pub road: Option<Road>,
     pub spec: Option<SavedSpec>,
     pub refs: BTreeMap<ObjectKey, Ref>,
     pub problem: Option<String>,
@@ -80,6 +82,7 @@ pub struct Node {
     health: Health,
     node: String,
     builder: Builder,
+    road: Option<Road>,
     mounted: watch::Receiver<MountedLayers>,
     placed: watch::Sender<Placed>,
     owner: watch::Sender<Option<OwnerReference>>,
@@ -118,6 +121,7 @@ impl Node {
             health: start.health,
             node: start.node,
             builder: start.builder,
+            road: start.road,
             mounted: start.mounted,
             placed: start.placed,
             owner: start.owner,
@@ -440,7 +444,7 @@ impl Node {
                 Timestamp::now(),
             ),
             store_id: Some(self.builder.store.id().to_owned()),
-            road: Some("Copy".to_owned()),
+            road: self.road.map(|road| road.to_string()),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             manifests: states
                 .map(|(manifest, step)| plan::state(manifest, self.known(manifest), *step))
@@ -545,6 +549,7 @@ impl Node {
             goal,
             key,
             took,
+            snapshot,
             result,
             stored,
             counted,
@@ -562,6 +567,9 @@ impl Node {
                 let (files, bytes) = tree.map_or((0, 0), |tree| (tree.files, tree.size));
                 info!(manifest = %key, node = self.node, digest, files, bytes, ms = took.as_millis() as u64, "stored");
                 self.health.metrics().builds.inc();
+                if snapshot {
+                    self.health.metrics().snapshot_seconds.observe(took.as_secs_f64());
+                }
                 self.failed.remove(&goal.uid);
                 self.checked.insert(goal.uid, now);
             }
@@ -569,6 +577,9 @@ impl Node {
             Err(Ended::Failed(failure)) => {
                 warn!(manifest = %key, node = self.node, reason = failure.reason, error = failure.message, "the build failed");
                 self.health.metrics().build_failures.inc();
+                if snapshot {
+                    self.health.metrics().snapshot_failures.inc();
+                }
                 let before = self.failed.remove(&goal.uid).filter(|failed| failed.goal == goal);
                 let mut backoff = before.map_or_else(Backoff::slow, |failed| failed.backoff);
                 backoff.failed(now);

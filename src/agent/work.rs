@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
+use tracing::warn;
+
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
 use super::{retention, saved};
@@ -35,6 +37,8 @@ pub struct Built {
     pub goal: Goal,
     pub key: ObjectKey,
     pub took: Duration,
+    /// The source was a layer.
+    pub snapshot: bool,
     pub result: Result<(), Ended>,
     pub stored: Option<Ref>,
     pub counted: Counted,
@@ -72,6 +76,7 @@ pub fn build(
         goal: Goal::of(manifest),
         key,
         took,
+        snapshot: manifest.source.layer.is_some(),
         result,
         stored,
         counted,
@@ -92,6 +97,10 @@ pub fn retire(builder: &Builder, key: ObjectKey, owner: &str) -> Done {
 
 /// Runs retention.
 pub fn collect(builder: &Builder, policy: Option<ProjectedPolicy>, had_problem: bool) -> Collected {
+    // What only waits for a next layer is not in use; also for a dry run, which is to say what a real one would do.
+    if let Err(error) = builder.layers.unmount_unused(Duration::ZERO) {
+        warn!(%error, "cannot unmount a tree that no layer shows any more; it counts as in use");
+    }
     let result = retention::run(&builder.store, &builder.layers, policy.as_ref());
     let request = policy.and_then(|policy| policy.requested_at);
     let refs = read_refs(builder).ok().map(|(refs, _)| refs);

@@ -13,6 +13,8 @@ pub const STALLED: &str = "Stalled";
 pub const OVER_LIMIT: &str = "OverLimit";
 /// On a RetentionPolicy: another policy governs nodes that this one selects.
 pub const SHADOWED: &str = "Shadowed";
+/// On a WritableLayer: little of its limit is left.
+pub const NEARLY_FULL: &str = "NearlyFull";
 
 /// Every reason that larder writes. `docs/conditions.md` explains each; a test keeps the two together.
 pub mod reasons {
@@ -67,6 +69,8 @@ pub mod reasons {
         MOUNT_FAILED = "MountFailed";
         /// A Tmpfs layer lost its content with a reboot and is mounted empty.
         RESET_BY_REBOOT = "ResetByReboot";
+        /// Nine tenths of a layer's limit are used.
+        SPACE_USED = "SpaceUsed";
         /// The layer's disk was wiped or replaced.
         DATA_LOST = "DataLost";
         /// A deleted layer is still in use.

@@ -113,7 +113,8 @@ pub struct NodeStoreStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub store_id: Option<String>,
 
-    /// How layers are made on this node: `Copy`, from a copied tree.
+    /// How layers come by their trees on this node: `Descriptors` or `Paths`, from an image whose files have their data
+    /// in the store; `Copy`, from a copy of the tree.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub road: Option<String>,
 

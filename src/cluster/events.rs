@@ -10,7 +10,7 @@ use super::{CALL_TIMEOUT, ObjectKey};
 use crate::api::conditions::{READY, STALLED, find, is_true, reasons};
 use crate::api::{MAX_MESSAGE, truncate};
 
-/// Status and reason of a Ready that an event told.
+/// Status and reason of a condition that an event told.
 pub type Said = (String, String);
 
 /// Publishes events without holding up the work that they are about.
@@ -41,17 +41,27 @@ impl Announcer {
         new: &[Condition],
         announced: &mut Option<Said>,
     ) {
-        let gist = |conditions| find(conditions, READY).map(|ready| (ready.status.clone(), ready.reason.clone()));
-        let (Some(ready), said) = (find(new, READY), gist(new)) else {
-            return;
-        };
-        if said == gist(old) || said == *announced {
-            return;
+        let expected = |ready: &Condition| ready.status == "True" || reasons::EXPECTED.contains(&&*ready.reason);
+        if let Some(ready) = news(READY, old, new, announced) {
+            let warning = is_true(new, STALLED) || !expected(ready);
+            self.announce::<K>(key, uid, warning, &ready.reason, &ready.message);
         }
-        *announced = said;
-        let expected = ready.status == "True" || reasons::EXPECTED.contains(&ready.reason.as_str());
-        let warning = is_true(new, STALLED) || !expected;
-        self.announce::<K>(key, uid, warning, &ready.reason, &ready.message);
+    }
+
+    /// Warns by an event when a condition appears that is there only while something is wrong; once, as
+    /// [`Announcer::announce_ready`].
+    pub fn warn_of<K: Resource<DynamicType = ()>>(
+        &self,
+        kind: &str,
+        key: &ObjectKey,
+        uid: &str,
+        old: &[Condition],
+        new: &[Condition],
+        announced: &mut Option<Said>,
+    ) {
+        if let Some(condition) = news(kind, old, new, announced) {
+            self.announce::<K>(key, uid, true, &condition.reason, &condition.message);
+        }
     }
 
     /// Publishes an event about the object. A lost event is logged, never waited for.
@@ -87,4 +97,21 @@ impl Announcer {
             }
         });
     }
+}
+
+/// The condition, if it says something else than it did, and than an event has said.
+fn news<'a>(
+    kind: &str,
+    old: &[Condition],
+    new: &'a [Condition],
+    announced: &mut Option<Said>,
+) -> Option<&'a Condition> {
+    let gist = |conditions| find(conditions, kind).map(|found| (found.status.clone(), found.reason.clone()));
+    let said = gist(new);
+    if said == gist(old) || said == *announced {
+        return None;
+    }
+    // Also when it goes: should it come back, that is news.
+    *announced = said;
+    find(new, kind)
 }

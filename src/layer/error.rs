@@ -59,6 +59,8 @@ pub enum Error {
         path: PathBuf,
         reason: &'static str,
     },
+    #[error("the road {road} does not go to its end here: {message}")]
+    Probe { road: super::Road, message: String },
     #[error("{command}: {message}")]
     Command { command: String, message: String },
 }

@@ -1,30 +1,19 @@
 //! A layer's life: made, mounted, grown, released; each step so that it can be interrupted and done again.
 
-use std::ffi::CString;
-use std::fs::{self, File};
-use std::io;
+use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
 
-use rustix::fs::{AtFlags, FileType, statat};
-
-use super::descent::{Descent, names};
 use super::error::IoContext;
 use super::lock::relock;
 use super::mountinfo::{self, Mount};
 use super::record::{self, sync_folder};
-
+use super::release::remove_folder;
 use super::{
     Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, disk, has_disk,
-    has_no_data, inuse, lower, make_private, mount,
+    inuse, lower, make_private, mount,
 };
 use crate::store::remove_all;
-
-/// How often, and after what pause, something busy that nobody is seen to use is tried again.
-const TRIES: u32 = 5;
-const PAUSE: Duration = Duration::from_millis(20);
 
 impl Inner {
     pub(super) fn prepare(&self, spec: &LayerSpec) -> Result<Prepared, Error> {
@@ -63,31 +52,52 @@ impl Inner {
             }
             None => self.begin(spec, &paths)?,
         };
-        let lower_path = lower::path(&self.store, &spec.tree, spec.ids);
-        let lower = self
-            .copies
-            .with(&lower_path, || lower::ensure(&self.store, &spec.tree, spec.ids))?;
-        self.bring_up(&mut record, &paths, &lower_path, &mounts)?;
+        let mounted = match record.mode {
+            Mode::ReadOnly => {
+                let view = self.view(&spec.tree, spec.ids)?;
+                record.made(&paths.folder)?;
+                mount::again(&view, &paths.mount)?
+            }
+            Mode::Overlay | Mode::Tmpfs => self.merge(&mut record, &paths, &source, &mounts)?,
+        };
+        make_private(&paths.mount)?;
+        mounted.attach(&paths.mount)?;
+        Ok(prepared(&record, false))
+    }
 
-        let changes = paths.changes(&record);
+    /// Mounts the merged view of a tree and what was changed, nowhere yet.
+    fn merge(
+        &self,
+        record: &mut LayerRecord,
+        paths: &Paths,
+        source: &str,
+        mounts: &[Mount],
+    ) -> Result<mount::Detached, Error> {
+        let lower = self.lower(&record.tree, record.ids)?;
+        self.bring_up(record, paths, &lower.path, mounts)?;
+        let changes = paths.changes(record);
         let upper = mount::open_folder(&changes.join("upper"))?;
         let work = mount::open_folder(&changes.join("work"))?;
-        make_private(&paths.mount)?;
         let layers = mount::Overlay {
-            source: &source,
-            lower: lower.as_fd(),
-            upper: upper.as_fd(),
-            work: work.as_fd(),
+            source,
+            lower: &[lower.tree.as_fd()],
+            data: lower.data.as_ref().map(AsFd::as_fd),
+            changes: Some(mount::Changes {
+                upper: upper.as_fd(),
+                work: work.as_fd(),
+            }),
         };
-        mount::overlay(
-            &layers,
-            mount::Flags {
-                allow_suid: self.options.allow_suid,
-            },
-            &paths.mount,
-        )?
-        .attach(&paths.mount)?;
-        Ok(prepared(&record, false))
+        let flags = mount::Flags {
+            allow_suid: self.options.allow_suid,
+        };
+        mount::overlay(&layers, self.road()?.told(), flags, &paths.mount)
+    }
+
+    /// Unmounts a layer on disk, which stays.
+    pub(super) fn unmount(&self, id: &LayerId) -> Result<(), Error> {
+        let paths = self.paths(id);
+        self.take_down(id, &paths, false)?;
+        remove_folder(&paths.mount)
     }
 
     /// Is the layer on disk the one that is asked for?
@@ -127,17 +137,22 @@ impl Inner {
 
     /// Writes a new layer's record, before anything else of it is made.
     fn begin(&self, spec: &LayerSpec, paths: &Paths) -> Result<LayerRecord, Error> {
-        let size = spec.size.or(self.options.default_size).map(whole_pages);
+        let size = match spec.mode {
+            Mode::ReadOnly => None,
+            Mode::Overlay | Mode::Tmpfs => spec.size.or(self.options.default_size).map(whole_pages),
+        };
         check_size(&spec.id, spec.mode, size)?;
         // Held first, so that no collection takes the tree away between the look at it and the record.
         self.hold(&spec.id, &spec.tree)?;
         let begun = make_private(&paths.folder).and_then(|()| {
-            if !has_no_data(&paths.folder)? {
+            if !record::has_no_data(&paths.folder)? {
                 return Err(missing_record(paths, "the layer has data"));
             }
             let record = LayerRecord::new(spec, size, self.store.id());
             record.write(&paths.folder)?;
-            sync_folder(&self.root.join("layers"))?;
+            if record.is_durable() {
+                sync_folder(&self.root.join("layers"))?;
+            }
             Ok(record)
         });
         if begun.is_err() {
@@ -213,114 +228,11 @@ impl Inner {
         match record.mode {
             Mode::Tmpfs => mount::resize_tmpfs(&paths.disk, size)?,
             Mode::Overlay => disk::grow(&paths.image, &paths.disk, &mount.source, size)?,
+            Mode::ReadOnly => return Err(Error::Unlimited { id: id.clone() }),
         }
         // Recorded last: until then, the caller finds the old size and does it again.
         record.size = Some(size);
         record.write(&paths.folder)
-    }
-
-    pub(super) fn release(&self, id: &LayerId, detach: bool) -> Result<(), Error> {
-        let paths = self.paths(id);
-        let in_use = |by: String| Error::InUse { id: id.clone(), by };
-        if relock(&self.readers).contains_key(id) {
-            return Err(in_use("a snapshot that is being taken".to_owned()));
-        }
-        let mounts = read_mounts()?;
-        let dev = top(&mounts, &paths.mount).map(|m| m.dev);
-        if !detach {
-            let users = inuse::mounts(dev, &paths.mount, |m| is_upper_of(m, id))
-                .context("look for other mounts of", &paths.mount)?;
-            if !users.is_empty() {
-                return Err(in_use(users.join(", ")));
-            }
-        }
-        for point in [&paths.mount, &paths.disk] {
-            for mount in mounts.iter().filter(|m| m.point == *point) {
-                let mut tries = 0;
-                while !mount::detach_at(point, detach)? {
-                    let users = inuse::openers(mount.dev).context("look for users of", point)?;
-                    if !users.is_empty() {
-                        return Err(in_use(users.join(", ")));
-                    }
-                    // Nobody: perhaps it ended just now, or was a program that we start (it has our descriptors until
-                    // its exec).
-                    tries += 1;
-                    if tries == TRIES {
-                        return Err(in_use("a process".to_owned()));
-                    }
-                    std::thread::sleep(PAUSE);
-                }
-            }
-        }
-        // What is mounted there now is not ours, and its files are not ours to remove.
-        let mounts = read_mounts()?;
-        let ours = [&paths.mount, &paths.folder];
-        if let Some(mount) = mounts
-            .iter()
-            .find(|m| ours.iter().any(|path| m.point.starts_with(path)))
-        {
-            return Err(Error::Occupied {
-                path: mount.point.clone(),
-                source_name: String::from_utf8_lossy(&mount.source).into_owned(),
-            });
-        }
-        self.remove(id, &paths)?;
-        relock(&self.holds).remove(id);
-        Ok(())
-    }
-
-    /// Removes what is on disk of an unmounted layer, its record last.
-    fn remove(&self, id: &LayerId, paths: &Paths) -> Result<(), Error> {
-        remove_folder(&paths.mount)?;
-        let entries = match fs::read_dir(&paths.folder) {
-            Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(Error::io("list", &paths.folder, e)),
-        };
-        match LayerRecord::read(&paths.folder, id) {
-            Ok(Some(mut record)) if record.stage != Stage::Releasing => {
-                record.stage = Stage::Releasing;
-                match record.write(&paths.folder) {
-                    // A full disk must not keep anybody from making room; prepare then finds the data gone.
-                    Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {}
-                    other => other?,
-                }
-            }
-            // A record that cannot be read says nothing that is needed for removing.
-            Ok(_) | Err(Error::Record { .. }) => {}
-            Err(error) => return Err(error),
-        }
-        for entry in entries {
-            let entry = entry.context("list", &paths.folder)?;
-            if entry.file_name() != record::FILE_NAME {
-                remove_all(&entry.path()).context("remove", &entry.path())?;
-            }
-        }
-        // The data must not outlive the record.
-        sync_folder(&paths.folder)?;
-        remove_all(&paths.folder).context("remove", &paths.folder)?;
-        sync_folder(&self.root.join("layers"))
-    }
-
-    pub(super) fn used_bytes(&self, id: &LayerId) -> Result<u64, Error> {
-        let paths = self.paths(id);
-        let record = LayerRecord::read(&paths.folder, id)?.ok_or_else(|| Error::NotFound { id: id.clone() })?;
-        if !has_disk(&record) {
-            let upper = paths.folder.join("upper");
-            return match File::open(&upper) {
-                Ok(folder) => allocated(folder).context("count the blocks in", &upper),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
-                Err(e) => Err(Error::io("open", &upper, e)),
-            };
-        }
-        if top(&read_mounts()?, &paths.disk).is_some() {
-            return disk::used(&paths.disk);
-        }
-        match fs::symlink_metadata(&paths.image) {
-            Ok(image) => Ok(image.blocks() * 512),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
-            Err(e) => Err(Error::io("stat", &paths.image, e)),
-        }
     }
 }
 
@@ -349,6 +261,7 @@ fn make(record: &mut LayerRecord, paths: &Paths, lower: &Path, mounts: &[Mount])
             disk::mount(&paths.image, &paths.disk)?;
         }
         (Mode::Overlay, None) => {}
+        (Mode::ReadOnly, _) => return record.made(&paths.folder),
     }
     let changes = paths.changes(record);
     let (upper, work) = (changes.join("upper"), changes.join("work"));
@@ -367,8 +280,7 @@ fn make(record: &mut LayerRecord, paths: &Paths, lower: &Path, mounts: &[Mount])
         sync_folder(&upper)?;
         sync_folder(&work)?;
     }
-    record.stage = Stage::Made;
-    record.write(&paths.folder)
+    record.made(&paths.folder)
 }
 
 /// A file system ends at a whole page, at most at the limit.
@@ -381,6 +293,7 @@ fn check_size(id: &LayerId, mode: Mode, size: Option<u64>) -> Result<(), Error> 
         Mode::Overlay => disk::LEAST,
         // Room for the two folders and a first file.
         Mode::Tmpfs => 64 << 10,
+        Mode::ReadOnly => return Ok(()),
     };
     match size {
         Some(size) if size < least => Err(Error::TooSmall {
@@ -399,64 +312,22 @@ fn missing_record(paths: &Paths, but: &str) -> Error {
     }
 }
 
-fn read_mounts() -> Result<Vec<Mount>, Error> {
+pub(super) fn read_mounts() -> Result<Vec<Mount>, Error> {
     mountinfo::of_self().context("read", Path::new("/proc/self/mountinfo"))
 }
 
 /// The mount on top at `point`.
-fn top<'a>(mounts: &'a [Mount], point: &Path) -> Option<&'a Mount> {
+pub(super) fn top<'a>(mounts: &'a [Mount], point: &Path) -> Option<&'a Mount> {
     mounts.iter().rev().find(|m| m.point == point)
 }
 
 /// Is it an overlay that writes to this layer's upper? The id in its path is unique.
 ///
 /// A kernel before 6.13 shows the layers as `/proc/self/fd/N`; there the mount point has the id, unless it is a bind.
-fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
+pub(super) fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
     let shows = |part: &str| mount.options.windows(part.len()).any(|w| w == part.as_bytes());
     let named =
         mount.source.starts_with(SOURCE_PREFIX.as_bytes()) && mount.point.ends_with(Path::new("mnt").join(id.as_str()));
     mount.fs_type == "overlay"
         && (named || shows(&format!("/layers/{id}/upper")) || shows(&format!("/layers/{id}/disk/upper")))
-}
-
-fn remove_folder(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
-        _ => Ok(()),
-    }
-}
-
-/// Bytes of the blocks of everything below a folder; a file with several names counts once.
-fn allocated(root: File) -> io::Result<u64> {
-    let mut bytes = rustix::fs::fstat(&root)?.st_blocks as u64 * 512;
-    let mut seen = std::collections::HashSet::new();
-    let mut descent = Descent::new(root.into())?;
-    let mut pending: Vec<Vec<CString>> = vec![names(descent.folder()?)?];
-    while let Some(level) = pending.last_mut() {
-        let Some(name) = level.pop() else {
-            pending.pop();
-            if !pending.is_empty() {
-                descent.leave()?;
-            }
-            continue;
-        };
-        // The layer is in use: what vanishes while we count counts nothing.
-        let stat = match statat(descent.folder()?, &*name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(rustix::io::Errno::NOENT) => continue,
-            other => other?,
-        };
-        if stat.st_nlink < 2 || FileType::from_raw_mode(stat.st_mode).is_dir() || seen.insert(stat.st_ino) {
-            bytes += stat.st_blocks as u64 * 512;
-        }
-        if FileType::from_raw_mode(stat.st_mode).is_dir() {
-            match descent.enter(&name) {
-                Err(e) if e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory => {}
-                other => {
-                    other?;
-                    pending.push(names(descent.folder()?)?);
-                }
-            }
-        }
-    }
-    Ok(bytes)
 }

@@ -24,8 +24,9 @@ const ESCAPED: &[u8] = b"trusted.overlay.overlay.";
 
 /// The folder of a tree's copy, with every entry owned by `ids` where given.
 pub(super) fn path(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> PathBuf {
-    let variant = ids.map(|(uid, gid)| format!("-u{uid}-g{gid}")).unwrap_or_default();
-    store.images_dir().join(format!("{}{variant}.tree", tree.hex()))
+    store
+        .images_dir()
+        .join(format!("{}.tree", super::shared::stem(tree, ids)))
 }
 
 /// Opens the copy of a tree, making it first where it is missing. The caller holds the tree, and is the only one who

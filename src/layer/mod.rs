@@ -6,24 +6,29 @@
 //!   layer, and one process per store);
 //! - each operation can be repeated: it finishes what an earlier one, killed at any step, began;
 //! - opening mounts and unmounts nothing: what is mounted stays, and counts as in use;
+//! - all layers of a tree share one mount of its image, and so the memory that its names and contents take;
 //! - data goes only when a layer is released, and not while a mount or a process uses it.
 //!
 //! On disk, below the store's root:
 //!
 //! ```text
+//! images/<tree>[-u<uid>-g<gid>].erofs   the tree as an image (image.rs, erofs/), or where the kernel cannot mount that
 //! images/<tree>[-u<uid>-g<gid>].tree/   the copied tree (lower.rs)
 //! layers/<id>/layer.json                what the layer is (record.rs): written first, removed last
 //! layers/<id>/upper/, work/             its changes, without a limit
 //! layers/<id>/disk.img, disk/           or with one: an ext4 of that size, holding upper/ and work/ (disk.rs);
 //!                                       for a layer in memory, a tmpfs at disk/
 //! mnt/<id>/                             the merged view
+//! mnt/images/, mnt/trees/               what layers of one tree share (shared.rs)
 //! ```
 //!
 //! All calls block.
 
 pub(crate) mod descent;
 mod disk;
+mod erofs;
 mod error;
+mod image;
 mod inuse;
 mod life;
 mod lock;
@@ -32,19 +37,25 @@ mod lower;
 mod mount;
 pub mod mountinfo;
 mod record;
+mod release;
+mod road;
+mod shared;
 mod upper;
+mod used;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 pub use error::Error;
 use error::IoContext;
 use lock::{Locks, relock};
 pub(crate) use lower::{own, unescape};
-pub use record::{LayerId, LayerOwner, LayerRecord, Lost, Mode, Stage};
+pub use record::{LayerId, LayerOwner, LayerRecord, Lost, Mode, OwnerKind, Stage};
+pub use road::{Found, Road};
 pub use upper::Upper;
 
 use crate::store::{Held, Hold, Holders, Problem, Store, TreeDigest};
@@ -61,6 +72,8 @@ pub struct Options {
     /// Let setuid and setgid bits and file capabilities count in layers. Off, a file in a layer gives nobody another
     /// user's rights.
     pub allow_suid: bool,
+    /// The road to take; `None`: the first that goes to its end, found when it is needed first.
+    pub road: Option<Road>,
 }
 
 /// What a layer should be.
@@ -101,12 +114,27 @@ struct Inner {
     root: PathBuf,
     /// One mount per upper, always: every change of a layer is made under its lock.
     locks: Locks<LayerId>,
-    /// One maker per copied tree.
-    copies: Locks<PathBuf>,
+    /// One at a time makes, mounts and unmounts what the layers of a tree share.
+    trees: Locks<String>,
+    /// Since when nobody has been seen to use it.
+    unused: Mutex<HashMap<String, Instant>>,
+    road: OnceLock<Found>,
+    trying: Mutex<()>,
     /// The trees of the layers, held as long as these exist.
     holds: Mutex<HashMap<LayerId, Hold>>,
     /// How many read a layer's upper just now.
     readers: Mutex<HashMap<LayerId, usize>>,
+}
+
+/// How a layer is just now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Seen {
+    /// Where it is mounted, or would be.
+    pub path: PathBuf,
+    /// In this process's mount namespace.
+    pub mounted: bool,
+    /// As [`Layers::used_bytes`] counts them; `None` while its file system is not mounted.
+    pub used: Option<u64>,
 }
 
 /// Where the parts of a layer are.
@@ -132,7 +160,10 @@ impl Layers {
             options,
             root,
             locks: Locks::default(),
-            copies: Locks::default(),
+            trees: Locks::default(),
+            unused: Mutex::default(),
+            road: OnceLock::new(),
+            trying: Mutex::default(),
             holds: Mutex::default(),
             readers: Mutex::default(),
         }));
@@ -183,41 +214,31 @@ impl Layers {
         self.0.locks.with(id, || self.0.release(id, detach))
     }
 
-    /// Bytes that a layer's changes take: on its own file system if it has one, or else the blocks of its files.
-    pub fn used_bytes(&self, id: &LayerId) -> Result<u64, Error> {
-        self.0.used_bytes(id)
+    /// Unmounts a layer on disk that nobody uses; it stays, to be prepared again. Fails as [`Layers::release`] does.
+    pub fn unmount(&self, id: &LayerId) -> Result<(), Error> {
+        self.0.locks.with(id, || self.0.unmount(id))
     }
 
-    /// Every layer that has a record, whatever its stage, and what in the folder of layers cannot be understood.
-    ///
-    /// A layer at [`Stage::Releasing`] waits for a call of [`Layers::release`] to finish.
+    /// Bytes that a layer's changes take: on its own file system if it has one, or else the blocks of its files.
+    pub fn used_bytes(&self, id: &LayerId) -> Result<u64, Error> {
+        let record = self.record(id)?.ok_or_else(|| Error::NotFound { id: id.clone() })?;
+        used::used_bytes(&self.0.paths(id), &record)
+    }
+
+    /// How layers come by their trees on this node. Found out once.
+    pub fn road(&self) -> Result<&Found, Error> {
+        self.0.found()
+    }
+
+    /// Unmounts what layers of a tree share where no layer needs it and nobody else shows it, and that for so long as
+    /// this process has looked. Returns how many mounts went. Until then, the tree is in use for a collection.
+    pub fn unmount_unused(&self, for_at_least: Duration) -> Result<usize, Error> {
+        self.0.unmount_unused(for_at_least)
+    }
+
+    /// As [`list`], of this store.
     pub fn list(&self) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
-        let folder = self.0.root.join("layers");
-        let mut records = Vec::new();
-        let mut problems = Vec::new();
-        for entry in fs::read_dir(&folder).context("list", &folder)? {
-            let entry = entry.context("list", &folder)?;
-            let path = entry.path();
-            let mut problem = |message: String| {
-                problems.push(Problem {
-                    path: path.display().to_string(),
-                    message,
-                });
-            };
-            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<LayerId>().ok()) else {
-                problem("not a layer's folder: move it away".to_owned());
-                continue;
-            };
-            match LayerRecord::read(&path, &id) {
-                Ok(Some(record)) => records.push(record),
-                Ok(None) if has_no_data(&path)? => {}
-                Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
-                Err(error) => problem(error.to_string()),
-            }
-        }
-        records.sort_by(|a, b| a.id.cmp(&b.id));
-        problems.sort_by(|a, b| a.path.cmp(&b.path));
-        Ok((records, problems))
+        list(&self.0.root)
     }
 
     /// What is recorded of a layer; `None` when it has no record.
@@ -231,6 +252,53 @@ impl Layers {
     pub fn upper(&self, id: &LayerId) -> Result<Upper, Error> {
         self.0.locks.with(id, || Upper::open(&self.0, id))
     }
+}
+
+/// Every layer that has a record in the store at `root`, whatever its stage, and what in the folder of layers cannot be
+/// understood. Needs no lock.
+///
+/// A layer at [`Stage::Releasing`] waits for a call of [`Layers::release`] to finish.
+pub fn list(root: &Path) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
+    let folder = root.join("layers");
+    let mut records = Vec::new();
+    let mut problems = Vec::new();
+    for entry in fs::read_dir(&folder).context("list", &folder)? {
+        let entry = entry.context("list", &folder)?;
+        let path = entry.path();
+        let mut problem = |message: String| {
+            problems.push(Problem {
+                path: path.display().to_string(),
+                message,
+            });
+        };
+        let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<LayerId>().ok()) else {
+            problem("not a layer's folder: move it away".to_owned());
+            continue;
+        };
+        match LayerRecord::read(&path, &id) {
+            Ok(Some(record)) => records.push(record),
+            Ok(None) if record::has_no_data(&path)? => {}
+            Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
+            Err(error) => problem(error.to_string()),
+        }
+    }
+    records.sort_by(|a, b| a.id.cmp(&b.id));
+    problems.sort_by(|a, b| a.path.cmp(&b.path));
+    Ok((records, problems))
+}
+
+/// How a layer of the store at `root` is just now. Needs no lock.
+pub fn look(root: &Path, record: &LayerRecord) -> Result<Seen, Error> {
+    let root = fs::canonicalize(root).context("resolve", root)?;
+    let paths = Paths::of(&root, &record.id);
+    let mounts = life::read_mounts()?;
+    let is_up = |point: &Path| life::top(&mounts, point).is_some();
+    let counted = record.stage == Stage::Made && (!has_disk(record) || is_up(&paths.disk));
+    Ok(Seen {
+        mounted: is_up(&paths.mount),
+        used: counted.then(|| used::used_bytes(&paths, record)).transpose()?,
+        path: paths.mount,
+    })
 }
 
 impl Holders for Layers {
@@ -248,23 +316,18 @@ impl Holders for Layers {
         })?;
         let mut trees: Vec<TreeDigest> = records.iter().map(|record| record.tree).collect();
         let mounts = mountinfo::of_self().map_err(|e| io("/proc/self/mountinfo", e))?;
-        let images = self.0.store.images_dir();
-        let images = fs::canonicalize(&images).unwrap_or(images);
-        trees.extend(
-            mounts
-                .iter()
-                .filter(|mount| !is_elsewhere(mount, &images))
-                .filter_map(mounted_tree),
-        );
+        let ours = mounts.iter().filter(|mount| !is_elsewhere(mount, &self.0.root));
+        trees.extend(ours.filter_map(mounted_tree));
+        trees.extend(self.0.mounted_images(&mounts));
         trees.sort();
         trees.dedup();
         Ok(Held { trees, unreadable })
     }
 }
 
-/// Whether a mount surely stands on another store's copies: each of its lower folders is named, and none lies below
-/// `images`. A mount that does not say where it stands counts as this store's.
-fn is_elsewhere(mount: &mountinfo::Mount, images: &Path) -> bool {
+/// Whether a mount surely stands on another store than that at `root`: each of its lower folders is named as an image's
+/// mount or copy is, and none is this store's. A mount that does not say where it stands counts as this store's.
+fn is_elsewhere(mount: &mountinfo::Mount, root: &Path) -> bool {
     use std::os::unix::ffi::OsStrExt;
     let options = mount.options.split(|byte| *byte == b',');
     let lowers: Vec<&Path> = options
@@ -278,8 +341,10 @@ fn is_elsewhere(mount: &mountinfo::Mount, images: &Path) -> bool {
     // A path by descriptor, or one that a comma cut, names nothing.
     let named = |lower: &&Path| lower.parent().is_some_and(|folder| folder.ends_with("images"));
     // What a comma in our own path cut may look like another store's; uncut, it is in the options all the same.
-    let ours = images.as_os_str().as_bytes();
-    let says_ours = mount.options.windows(ours.len()).any(|part| part == ours);
+    let says_ours = ["images", "mnt/images"].iter().any(|folder| {
+        let ours = root.join(folder).into_os_string().into_encoded_bytes();
+        mount.options.windows(ours.len()).any(|part| part == ours)
+    });
     !lowers.is_empty() && !says_ours && lowers.iter().all(named)
 }
 
@@ -294,13 +359,32 @@ fn mounted_tree(mount: &mountinfo::Mount) -> Option<TreeDigest> {
 
 impl Inner {
     fn paths(&self, id: &LayerId) -> Paths {
-        let folder = self.root.join("layers").join(id.as_str());
-        Paths {
-            image: folder.join("disk.img"),
-            disk: folder.join("disk"),
-            mount: self.root.join("mnt").join(id.as_str()),
-            folder,
+        Paths::of(&self.root, id)
+    }
+
+    fn road(&self) -> Result<Road, Error> {
+        Ok(self.found()?.road)
+    }
+
+    fn found(&self) -> Result<&Found, Error> {
+        if let Some(found) = self.road.get() {
+            return Ok(found);
         }
+        let found = match self.options.road {
+            Some(road) => Found {
+                road,
+                closed: Vec::new(),
+            },
+            // One at a time: they use one place.
+            None => {
+                let _one = relock(&self.trying);
+                match self.road.get() {
+                    Some(found) => return Ok(found),
+                    None => road::find(&self.store, &self.root.join("mnt"))?,
+                }
+            }
+        };
+        Ok(self.road.get_or_init(|| found))
     }
 
     fn hold(&self, id: &LayerId, tree: &TreeDigest) -> Result<(), Error> {
@@ -313,6 +397,16 @@ impl Inner {
 }
 
 impl Paths {
+    fn of(root: &Path, id: &LayerId) -> Paths {
+        let folder = root.join("layers").join(id.as_str());
+        Paths {
+            image: folder.join("disk.img"),
+            disk: folder.join("disk"),
+            mount: root.join("mnt").join(id.as_str()),
+            folder,
+        }
+    }
+
     /// The folder that holds `upper` and `work`.
     fn changes(&self, record: &LayerRecord) -> &Path {
         if has_disk(record) { &self.disk } else { &self.folder }
@@ -322,16 +416,6 @@ impl Paths {
 /// Does the layer have a file system of its own?
 fn has_disk(record: &LayerRecord) -> bool {
     record.mode == Mode::Tmpfs || record.size.is_some()
-}
-
-fn has_no_data(folder: &Path) -> Result<bool, Error> {
-    for entry in fs::read_dir(folder).context("list", folder)? {
-        let entry = entry.context("list", folder)?;
-        if entry.file_name() != record::TEMPORARY_NAME {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }
 
 /// Makes a folder that only root enters; one that is there already is good.
@@ -365,20 +449,26 @@ mod tests {
 
     #[test]
     fn only_a_mount_that_surely_stands_on_another_store_is_elsewhere() {
-        for (options, images, elsewhere) in [
-            ("rw,lowerdir+=/s/images/a.tree,upperdir=/u", "/s/images", false),
-            ("rw,lowerdir+=/other/images/a.tree,upperdir=/u", "/s/images", true),
-            ("rw,lowerdir+=/proc/self/fd/7", "/s/images", false),
-            ("rw", "/s/images", false),
-            // A comma in the path of the store itself.
-            ("rw,lowerdir+=/a,b/images/a.tree", "/a,b/images", false),
+        for (options, root, elsewhere) in [
+            ("rw,lowerdir+=/s/images/a.tree,upperdir=/u", "/s", false),
+            ("rw,lowerdir+=/other/images/a.tree,upperdir=/u", "/s", true),
             (
-                "rw,lowerdir+=/x/images/y,z/images/a.tree",
-                "/x/images/y,z/images",
+                "rw,lowerdir+=/s/mnt/images/a,datadir+=/s/objects,upperdir=/u",
+                "/s",
                 false,
             ),
+            (
+                "rw,lowerdir+=/o/mnt/images/a,datadir+=/o/objects,upperdir=/u",
+                "/s",
+                true,
+            ),
+            ("rw,lowerdir+=/proc/self/fd/7", "/s", false),
+            ("rw", "/s", false),
+            // A comma in the path of the store itself.
+            ("rw,lowerdir+=/a,b/images/a.tree", "/a,b", false),
+            ("rw,lowerdir+=/x/images/y,z/images/a.tree", "/x/images/y,z", false),
         ] {
-            assert_eq!(is_elsewhere(&over(options), Path::new(images)), elsewhere, "{options}");
+            assert_eq!(is_elsewhere(&over(options), Path::new(root)), elsewhere, "{options}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Mounts through the kernel's new mount API (fsopen(2), fsconfig(2), fsmount(2), move_mount(2)).
 //!
 //! Never `mount(2)` with an option string: it is cut at 4095 bytes, and `,`, `:` and `\` in a path change its meaning.
-//! Layers are handed over as descriptors; kernels before 6.13, which refuse that, get `/proc/self/fd/N`. When a call
+//! Layers are handed over as descriptors, or as `/proc/self/fd/N` to kernels before 6.13, which refuse that. When a call
 //! fails, the kernel's own text is read from the file system context and goes into the error.
 
 use std::fs::File;
@@ -11,12 +11,15 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, UnmountFlags, fsconfig_create,
-    fsconfig_reconfigure, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, fspick, move_mount,
-    unmount,
+    FsMountFlags, FsOpenFlags, FsPickFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_reconfigure, fsconfig_set_fd, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen,
+    fspick, move_mount, open_tree, unmount,
 };
 
 use super::Error;
+
+/// fsconfig(2) takes strings up to this length, with the zero at their end.
+const LONGEST: usize = 256;
 
 /// A file system that is mounted nowhere yet; dropping it unmounts it.
 #[derive(Debug)]
@@ -26,6 +29,11 @@ pub struct Detached {
 }
 
 impl Detached {
+    /// Its root folder.
+    pub fn folder(&self) -> BorrowedFd<'_> {
+        self.mount.as_fd()
+    }
+
     /// Makes it visible at `target`, an existing folder.
     pub fn attach(self, target: &Path) -> Result<(), Error> {
         move_mount(
@@ -56,55 +64,118 @@ impl Flags {
     }
 }
 
-/// The folders of a writable overlay.
+/// How overlayfs is told which folders it merges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Told {
+    /// By descriptors: Linux 6.13 and later.
+    ByDescriptor,
+    /// By `/proc/self/fd/N`.
+    ByPath,
+    /// By descriptors, and where that fails by path.
+    Either,
+}
+
+/// The folders of an overlay.
 #[derive(Debug, Clone, Copy)]
 pub struct Overlay<'a> {
     /// What mountinfo shows as the source: it says which tree the mount holds.
     pub source: &'a str,
-    pub lower: BorrowedFd<'a>,
+    /// The topmost first.
+    pub lower: &'a [BorrowedFd<'a>],
+    /// The folder that files whose data is elsewhere name by `trusted.overlay.redirect`.
+    pub data: Option<BorrowedFd<'a>>,
+    /// Without it, nothing can be written.
+    pub changes: Option<Changes<'a>>,
+}
+
+/// The folders that a writable overlay writes to.
+#[derive(Debug, Clone, Copy)]
+pub struct Changes<'a> {
     pub upper: BorrowedFd<'a>,
     pub work: BorrowedFd<'a>,
 }
 
-/// Makes a writable overlay; `target` is where it will go, for messages.
+/// Makes an overlay; `target` is where it will go, for messages.
 ///
-/// `redirect_dir` and `metacopy`, so that to rename a folder or to change a file's metadata copies no data; `index=off`,
-/// because an index gave wrong snapshots (one mount per upper is the caller's lock).
-pub fn overlay(layers: &Overlay<'_>, flags: Flags, target: &Path) -> Result<Detached, Error> {
+/// `metacopy` and `redirect_dir`, so that a change of a file's mode or a folder's name copies no data; what they leave
+/// in `upper` means something only over the tree below. `index=off`, because an index gave wrong snapshots (one mount
+/// per upper is the caller's lock).
+pub fn overlay(layers: &Overlay<'_>, told: Told, flags: Flags, target: &Path) -> Result<Detached, Error> {
     const OPTIONS: [(&str, &str); 4] = [
         ("redirect_dir", "on"),
         ("metacopy", "on"),
         ("index", "off"),
         ("xino", "auto"),
     ];
+    let folders = || {
+        let lower = layers.lower.iter().map(|lower| ("lowerdir+", *lower));
+        let data = layers.data.map(|data| ("datadir+", data));
+        let changes = layers.changes.iter();
+        let changes = changes.flat_map(|changes| [("upperdir", changes.upper), ("workdir", changes.work)]);
+        lower.chain(data).chain(changes)
+    };
     let configure = |context: BorrowedFd<'_>, by_path: bool| -> rustix::io::Result<()> {
         fsconfig_set_string(context, "source", layers.source)?;
         for (key, value) in OPTIONS {
             fsconfig_set_string(context, key, value)?;
         }
-        for (key, fd) in [
-            ("lowerdir+", layers.lower),
-            ("upperdir", layers.upper),
-            ("workdir", layers.work),
-        ] {
+        for (key, fd) in folders() {
             if by_path {
-                fsconfig_set_string(context, key, format!("/proc/self/fd/{}", fd.as_raw_fd()))?;
+                fsconfig_set_string(context, key, path_of(key, fd))?;
             } else {
                 fsconfig_set_fd(context, key, fd)?;
             }
         }
         Ok(())
     };
-    match create("overlay", flags.attributes(), target, |context| {
-        configure(context, false)
-    }) {
-        // What a kernel says that knows no layers by descriptor (EINVAL, EBADF) it may also say for other reasons; the
-        // second road then gives the same error again.
-        Err(_) => create("overlay", flags.attributes(), target, |context| {
-            configure(context, true)
-        }),
-        ok => ok,
+    let mut attributes = flags.attributes();
+    if layers.changes.is_none() {
+        attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }
+    let made = |by_path| create("overlay", attributes, target, |context| configure(context, by_path));
+    match told {
+        Told::ByDescriptor => made(false),
+        Told::ByPath => made(true),
+        // What a kernel says that knows no layers by descriptor (EINVAL, EBADF) it may also say for other reasons; the
+        // second try then gives the same error again.
+        Told::Either => made(false).or_else(|_| made(true)),
+    }
+}
+
+/// How a folder is told by path. Where its own can be, it is: mountinfo then says what the mount stands on. Not the
+/// folders that are written to, in whose paths a backslash means something.
+fn path_of(key: &str, fd: BorrowedFd<'_>) -> Vec<u8> {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let own = match key {
+        "lowerdir+" | "datadir+" => rustix::fs::readlink(&link, Vec::new()).ok(),
+        _ => None,
+    };
+    let own = own.map(std::ffi::CString::into_bytes);
+    own.filter(|path| path.len() < LONGEST && path.starts_with(b"/"))
+        .unwrap_or_else(|| link.into_bytes())
+}
+
+/// Mounts an image of a tree, without a block device.
+///
+/// Fails with `ENOTBLK` on Linux before 6.12; there [`erofs_on`] a loop device works.
+pub fn erofs(image: BorrowedFd<'_>, target: &Path) -> Result<Detached, Error> {
+    erofs_on(Path::new(&format!("/proc/self/fd/{}", image.as_raw_fd())), target)
+}
+
+/// Mounts the image on a block device.
+pub fn erofs_on(device: &Path, target: &Path) -> Result<Detached, Error> {
+    let attributes = Flags { allow_suid: false }.attributes() | MountAttrFlags::MOUNT_ATTR_RDONLY;
+    create("erofs", attributes, target, |context| {
+        fsconfig_set_flag(context, "ro")?;
+        fsconfig_set_string(context, "source", device)
+    })
+}
+
+/// Another mount of what is mounted at `path`, with the same flags.
+pub fn again(path: &Path, target: &Path) -> Result<Detached, Error> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let mount = open_tree(CWD, path, flags).map_err(|errno| failed("a bind", target, errno, None))?;
+    Ok(Detached { mount, what: "a bind" })
 }
 
 /// Files and folders that a tmpfs of `size` bytes may hold. An empty one takes no block but about 1 KiB of the kernel's

@@ -65,26 +65,70 @@ impl<'de> Deserialize<'de> for LayerId {
     }
 }
 
-/// The object that a layer belongs to.
+/// What a layer belongs to, which says who releases it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LayerOwner {
+    #[serde(default, skip_serializing_if = "OwnerKind::is_object")]
+    pub kind: OwnerKind,
+    /// Of the object; `local` for an admin's layer.
     pub namespace: String,
     pub name: String,
 }
 
-impl fmt::Display for LayerOwner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}", self.namespace, self.name)
+/// Kinds of what a layer belongs to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum OwnerKind {
+    /// A WritableLayer. Without it, the layer is an orphan.
+    #[default]
+    Object,
+    /// An admin who made it by hand, and who releases it.
+    Admin,
+}
+
+impl OwnerKind {
+    fn is_object(&self) -> bool {
+        *self == OwnerKind::Object
     }
 }
 
-/// Where a layer's changes are kept.
+impl LayerOwner {
+    /// A WritableLayer.
+    pub fn object(namespace: impl Into<String>, name: impl Into<String>) -> LayerOwner {
+        LayerOwner {
+            kind: OwnerKind::Object,
+            namespace: namespace.into(),
+            name: name.into(),
+        }
+    }
+
+    /// An admin's layer of that name.
+    pub fn admin(name: impl Into<String>) -> LayerOwner {
+        LayerOwner {
+            kind: OwnerKind::Admin,
+            namespace: "local".to_owned(),
+            name: name.into(),
+        }
+    }
+}
+
+impl fmt::Display for LayerOwner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            OwnerKind::Object => write!(f, "{}/{}", self.namespace, self.name),
+            OwnerKind::Admin => write!(f, "{} (by hand)", self.name),
+        }
+    }
+}
+
+/// What may be changed in a layer, and where the changes are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Mode {
     /// On the disk: they survive a restart of the node.
     Overlay,
     /// In memory: a restart of the node empties the layer.
     Tmpfs,
+    /// Nothing can be changed. All read-only layers of a tree are one mount, seen in several places.
+    ReadOnly,
 }
 
 /// What a layer no longer has.
@@ -154,6 +198,9 @@ impl LayerRecord {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("read", &path, e)),
         };
+        if text.is_empty() && has_no_data(folder)? {
+            return Ok(None);
+        }
         let record = Self::parse(&text).map_err(invalid)?;
         if record.id != *id {
             return Err(invalid(format!("it is the record of another layer, {}", record.id)));
@@ -174,7 +221,29 @@ impl LayerRecord {
         serde_json::from_slice(text).map_err(|e| e.to_string())
     }
 
+    /// Records that the layer is made, if it was not.
+    pub(super) fn made(&mut self, folder: &Path) -> Result<(), Error> {
+        match self.stage {
+            Stage::Made => Ok(()),
+            Stage::Making | Stage::Releasing => {
+                self.stage = Stage::Made;
+                self.write(folder)
+            }
+        }
+    }
+
+    /// Is there something that a power cut must not part from its record?
+    pub(super) fn is_durable(&self) -> bool {
+        match self.mode {
+            Mode::Overlay => true,
+            Mode::Tmpfs | Mode::ReadOnly => false,
+        }
+    }
+
     /// Writes the record so that after a crash either the old or the new one is there, whole.
+    ///
+    /// That of a layer whose changes do not survive a power cut need not survive one either, and syncs are what making
+    /// such a layer would wait for ([`has_no_data`]).
     pub(super) fn write(&self, folder: &Path) -> Result<(), Error> {
         let path = folder.join(FILE_NAME);
         let temporary = folder.join(TEMPORARY_NAME);
@@ -186,12 +255,37 @@ impl LayerRecord {
         File::create(&temporary)
             .and_then(|mut file| {
                 file.write_all(&text)?;
-                file.sync_all()
+                match self.is_durable() {
+                    true => file.sync_all(),
+                    false => Ok(()),
+                }
             })
             .context("write", &temporary)?;
         fs::rename(&temporary, &path).context("rename to", &path)?;
-        sync_folder(folder)
+        match self.is_durable() {
+            true => sync_folder(folder),
+            false => Ok(()),
+        }
     }
+}
+
+/// Whether a layer's folder holds nothing that was written in the layer: nothing at all, or what a power cut leaves of a
+/// layer in memory. Its record, which is not synced, may be missing or empty then (file systems give a file its length
+/// after its data, so it is empty or whole), and there may be the folder at which its tmpfs was mounted.
+pub(super) fn has_no_data(folder: &Path) -> Result<bool, Error> {
+    for entry in fs::read_dir(folder).context("list", folder)? {
+        let path = entry.context("list", folder)?.path();
+        let nothing = match path.file_name().and_then(|name| name.to_str()) {
+            Some(TEMPORARY_NAME) => true,
+            Some(FILE_NAME) => path.metadata().context("stat", &path)?.len() == 0,
+            Some("disk") => fs::read_dir(&path).context("list", &path)?.next().is_none(),
+            _ => false,
+        };
+        if !nothing {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 /// Makes the names in a folder durable.
@@ -209,10 +303,7 @@ mod tests {
         LayerRecord {
             version: VERSION,
             id: UID.parse().unwrap(),
-            owner: LayerOwner {
-                namespace: "default".into(),
-                name: "work".into(),
-            },
+            owner: LayerOwner::object("default", "work"),
             tree: TreeDigest::from_bytes([7; 32]),
             mode: Mode::Overlay,
             size: Some(1 << 30),
@@ -252,6 +343,22 @@ mod tests {
     }
 
     #[test]
+    fn what_a_power_cut_leaves_of_a_layer_in_memory_is_no_layer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path(FILE_NAME), "").unwrap();
+        fs::create_dir(path("disk")).unwrap();
+        assert_eq!(LayerRecord::read(folder.path(), &record().id).unwrap(), None);
+        // There was data.
+        fs::create_dir(path("disk/upper")).unwrap();
+        assert!(!has_no_data(folder.path()).unwrap());
+        LayerRecord::read(folder.path(), &record().id).unwrap_err();
+        fs::remove_dir(path("disk/upper")).unwrap();
+        fs::write(path("disk.img"), "").unwrap();
+        LayerRecord::read(folder.path(), &record().id).unwrap_err();
+    }
+
+    #[test]
     fn a_record_that_cannot_be_understood_is_named() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join(FILE_NAME);
@@ -260,7 +367,7 @@ mod tests {
         let mut later = serde_json::to_value(record()).unwrap();
         later["version"] = 2.into();
         for (text, says) in [
-            (String::new(), "EOF"),
+            ("{".into(), "EOF"),
             ("{}".into(), "version"),
             (later.to_string(), "version 2"),
             (other.to_string(), "another layer"),

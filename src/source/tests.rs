@@ -311,10 +311,7 @@ impl Mounted {
         ids: Option<(u32, u32)>,
     ) -> Self {
         let id: LayerId = uuid::Uuid::new_v4().to_string().parse().unwrap();
-        let owner = LayerOwner {
-            namespace: "ns".into(),
-            name: "l".into(),
-        };
+        let owner = LayerOwner::object("ns", "l");
         let spec = LayerSpec {
             id,
             owner,

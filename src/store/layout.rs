@@ -257,8 +257,13 @@ pub(super) fn shard_path(byte: u8) -> String {
 }
 
 pub(super) fn object_path(digest: &Digest) -> String {
+    format!("{OBJECTS}/{}", object_name(digest))
+}
+
+/// Where a content is below [`Reader::objects_dir`](super::Reader::objects_dir).
+pub fn object_name(digest: &Digest) -> String {
     let hex = digest.hex();
-    format!("{OBJECTS}/{}/{}", &hex[..2], &hex[2..])
+    format!("{}/{}", &hex[..2], &hex[2..])
 }
 
 /// The digest of the object with that name in a shard; `None` for a name that is none of the store's.

@@ -35,7 +35,7 @@ pub(super) fn load(store: &Folder, tree: &TreeDigest) -> Result<Tree, Error> {
 }
 
 /// Goes through the records of a manifest. What was seen counts only if this ends well: the digest is known at the end.
-fn records(store: &Folder, tree: &TreeDigest, mut visit: impl FnMut(Record)) -> Result<(), Error> {
+pub(super) fn records(store: &Folder, tree: &TreeDigest, mut visit: impl FnMut(Record)) -> Result<(), Error> {
     let mut input = Hashing::new(open(store, tree)?);
     let mut reader = Reader::new(&mut input);
     while let Some(record) = reader.next_record().map_err(|source| bad(store, tree, source))? {

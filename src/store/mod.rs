@@ -57,6 +57,7 @@ pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
 pub use files::{is_settled, read_bounded};
 pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
+pub use layout::object_name;
 #[cfg(any(test, fuzzing))]
 pub use layout::parse_config_id as parse_config;
 pub use leases::Hold;

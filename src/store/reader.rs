@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::layout::{self, Folder};
-use super::tree::Tree;
+use super::tree::{Record, Tree};
 use super::{Digest, Error, TreeDigest, disk, files, gc, manifests};
 
 const CHUNK: usize = 1 << 17;
@@ -138,6 +138,12 @@ impl Reader {
         manifests::load(&self.folder, tree)
     }
 
+    /// Goes through a tree's manifest, record by record. What was seen counts only if this ends well, for whether it is
+    /// that tree is known at the end.
+    pub fn records(&self, tree: &TreeDigest, visit: &mut dyn FnMut(Record)) -> Result<(), Error> {
+        manifests::records(&self.folder, tree, visit)
+    }
+
     /// Goes through the regular files of a tree, name by name: digest and size of the content, and the path below the
     /// root, in the order of the paths' names, until `visit` says `false`. Needs no memory for the tree. That the
     /// manifest has its own digest is not checked.
@@ -155,5 +161,11 @@ impl Reader {
     /// nothing holds, before their blobs.
     pub fn images_dir(&self) -> PathBuf {
         self.folder.path(layout::IMAGES)
+    }
+
+    /// Where the contents are, each at [`object_name`](super::object_name): for a mount that takes files' data from
+    /// there.
+    pub fn objects_dir(&self) -> PathBuf {
+        self.folder.path(layout::OBJECTS)
     }
 }

@@ -1,0 +1,86 @@
+//! Images of trees in the store's folder: made when they are missing, and made again when they are not whole.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use super::error::IoContext;
+use super::record::sync_folder;
+use super::shared::stem;
+use super::{Error, erofs};
+use crate::store::tree::Record;
+use crate::store::{Store, TreeDigest};
+
+/// An image is made by one at a time: the caller sees to it, and holds the tree.
+pub(super) fn ensure(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<File, Error> {
+    let path = path(store, tree, ids);
+    match open(&path)? {
+        Some(image) if erofs::is_whole(&image, tree).context("read", &path)? => Ok(image),
+        _ => make(store, tree, ids),
+    }
+}
+
+pub(super) fn path(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> PathBuf {
+    store.images_dir().join(format!("{}.erofs", stem(tree, ids)))
+}
+
+fn open(path: &Path) -> Result<Option<File>, Error> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match File::options().read(true).custom_flags(flags).open(path) {
+        Ok(file) => Ok(Some(file)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("open", path, e)),
+    }
+}
+
+/// Makes the image, in the place of one that is there.
+pub(super) fn make(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<File, Error> {
+    let path = path(store, tree, ids);
+    let scratch = store.scratch()?;
+    let temporary = scratch.path().join("image");
+    let image = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&temporary)
+        .context("create", &temporary)?;
+    write(&image, tree, ids, |visit| Ok(store.records(tree, visit)?)).map_err(|error| match error {
+        Error::Io { source, .. } => Error::io("write", &temporary, source),
+        other => other,
+    })?;
+    image.sync_all().context("sync", &temporary)?;
+    fs::rename(&temporary, &path).context("rename to", &path)?;
+    sync_folder(&store.images_dir())?;
+    // For reading only, as one that was there.
+    open(&path)?.ok_or_else(|| Error::io("open", &path, io::ErrorKind::NotFound.into()))
+}
+
+/// Writes a tree's image from the records that `all` goes through.
+pub(super) fn write(
+    image: &File,
+    tree: &TreeDigest,
+    ids: Option<(u32, u32)>,
+    all: impl FnOnce(&mut dyn FnMut(Record)) -> Result<(), Error>,
+) -> Result<(), Error> {
+    let mut writer = erofs::Writer::new(image, *tree, ids);
+    let mut failed = None;
+    all(&mut |record| {
+        if failed.is_none() {
+            failed = writer.record(record).err();
+        }
+    })?;
+    match failed {
+        None => {}
+        Some(erofs::Error::Io(source)) => return Err(Error::io("write", Path::new("the image"), source)),
+        Some(erofs::Error::Unmountable { path, reason }) => {
+            return Err(Error::Unmountable {
+                tree: *tree,
+                path,
+                reason,
+            });
+        }
+    }
+    writer.finish().context("write", Path::new("the image"))?;
+    Ok(())
+}

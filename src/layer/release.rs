@@ -1,0 +1,131 @@
+//! The end of a layer: out of sight, and gone.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+use std::time::Duration;
+
+use super::error::IoContext;
+use super::life::{is_upper_of, read_mounts, top};
+use super::lock::relock;
+use super::record::{self, sync_folder};
+use super::{Error, Inner, LayerId, LayerRecord, Mode, Paths, Stage, inuse, mount};
+use crate::store::remove_all;
+
+/// How often, and after what pause, something busy that nobody is seen to use is tried again.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(20);
+
+impl Inner {
+    pub(super) fn release(&self, id: &LayerId, detach: bool) -> Result<(), Error> {
+        let paths = self.paths(id);
+        self.take_down(id, &paths, detach)?;
+        self.remove(id, &paths)?;
+        relock(&self.holds).remove(id);
+        Ok(())
+    }
+
+    /// Unmounts everything of a layer.
+    pub(super) fn take_down(&self, id: &LayerId, paths: &Paths, detach: bool) -> Result<(), Error> {
+        let in_use = |by: String| Error::InUse { id: id.clone(), by };
+        if relock(&self.readers).contains_key(id) {
+            return Err(in_use("a snapshot that is being taken".to_owned()));
+        }
+        let mounts = read_mounts()?;
+        // All read-only layers of a tree are one file system: who shows it elsewhere need not have it from here, and
+        // loses nothing, for the tree stays while anybody shows it.
+        let mode = LayerRecord::read(&paths.folder, id)
+            .ok()
+            .flatten()
+            .map(|record| record.mode);
+        let dev = match mode {
+            Some(Mode::ReadOnly) => None,
+            _ => top(&mounts, &paths.mount).map(|m| m.dev),
+        };
+        if !detach {
+            let users = inuse::mounts(dev, &paths.mount, |m| is_upper_of(m, id))
+                .context("look for other mounts of", &paths.mount)?;
+            if !users.is_empty() {
+                return Err(in_use(users.join(", ")));
+            }
+        }
+        for point in [&paths.mount, &paths.disk] {
+            for mount in mounts.iter().filter(|m| m.point == *point) {
+                let mut tries = 0;
+                while !mount::detach_at(point, detach)? {
+                    let users = inuse::openers(mount.dev).context("look for users of", point)?;
+                    if !users.is_empty() {
+                        return Err(in_use(users.join(", ")));
+                    }
+                    // Nobody: perhaps it ended just now, or was a program that we start (it has our descriptors until
+                    // its exec).
+                    tries += 1;
+                    if tries == TRIES {
+                        return Err(in_use("a process".to_owned()));
+                    }
+                    std::thread::sleep(PAUSE);
+                }
+            }
+        }
+        // What is mounted there now is not ours, and its files are not ours to remove.
+        let mounts = read_mounts()?;
+        let ours = [&paths.mount, &paths.folder];
+        if let Some(mount) = mounts
+            .iter()
+            .find(|m| ours.iter().any(|path| m.point.starts_with(path)))
+        {
+            return Err(Error::Occupied {
+                path: mount.point.clone(),
+                source_name: String::from_utf8_lossy(&mount.source).into_owned(),
+            });
+        }
+        Ok(())
+    }
+
+    /// Removes what is on disk of an unmounted layer, its record last.
+    fn remove(&self, id: &LayerId, paths: &Paths) -> Result<(), Error> {
+        remove_folder(&paths.mount)?;
+        let entries = match fs::read_dir(&paths.folder) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io("list", &paths.folder, e)),
+        };
+        let found = LayerRecord::read(&paths.folder, id);
+        let is_durable = !matches!(&found, Ok(Some(record)) if !record.is_durable());
+        match found {
+            Ok(Some(mut record)) if record.stage != Stage::Releasing => {
+                record.stage = Stage::Releasing;
+                match record.write(&paths.folder) {
+                    // A full disk must not keep anybody from making room; prepare then finds the data gone.
+                    Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::StorageFull => {}
+                    other => other?,
+                }
+            }
+            // A record that cannot be read says nothing that is needed for removing.
+            Ok(_) | Err(Error::Record { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        for entry in entries {
+            let entry = entry.context("list", &paths.folder)?;
+            if entry.file_name() != record::FILE_NAME {
+                remove_all(&entry.path()).context("remove", &entry.path())?;
+            }
+        }
+        // The data must not outlive the record.
+        if is_durable {
+            sync_folder(&paths.folder)?;
+        }
+        remove_all(&paths.folder).context("remove", &paths.folder)?;
+        match is_durable {
+            true => sync_folder(&self.root.join("layers")),
+            false => Ok(()),
+        }
+    }
+}
+
+pub(super) fn remove_folder(path: &Path) -> Result<(), Error> {
+    match fs::remove_dir(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,71 @@
+//! How much a layer's changes take.
+
+use std::ffi::CString;
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use rustix::fs::{AtFlags, FileType, statat};
+
+use super::descent::{Descent, names};
+use super::error::IoContext;
+use super::life::{read_mounts, top};
+use super::{Error, LayerRecord, Mode, Paths, disk, has_disk};
+
+/// Bytes on the layer's own file system if it has one, or else the blocks of its files.
+pub(super) fn used_bytes(paths: &Paths, record: &LayerRecord) -> Result<u64, Error> {
+    if record.mode == Mode::ReadOnly {
+        return Ok(0);
+    }
+    if !has_disk(record) {
+        let upper = paths.folder.join("upper");
+        return match File::open(&upper) {
+            Ok(folder) => allocated(folder).context("count the blocks in", &upper),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+            Err(e) => Err(Error::io("open", &upper, e)),
+        };
+    }
+    if top(&read_mounts()?, &paths.disk).is_some() {
+        return disk::used(&paths.disk);
+    }
+    match fs::symlink_metadata(&paths.image) {
+        Ok(image) => Ok(image.blocks() * 512),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+        Err(e) => Err(Error::io("stat", &paths.image, e)),
+    }
+}
+
+/// Bytes of the blocks of everything below a folder; a file with several names counts once.
+fn allocated(root: File) -> io::Result<u64> {
+    let mut bytes = rustix::fs::fstat(&root)?.st_blocks as u64 * 512;
+    let mut seen = std::collections::HashSet::new();
+    let mut descent = Descent::new(root.into())?;
+    let mut pending: Vec<Vec<CString>> = vec![names(descent.folder()?)?];
+    while let Some(level) = pending.last_mut() {
+        let Some(name) = level.pop() else {
+            pending.pop();
+            if !pending.is_empty() {
+                descent.leave()?;
+            }
+            continue;
+        };
+        // The layer is in use: what vanishes while we count counts nothing.
+        let stat = match statat(descent.folder()?, &*name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(rustix::io::Errno::NOENT) => continue,
+            other => other?,
+        };
+        if stat.st_nlink < 2 || FileType::from_raw_mode(stat.st_mode).is_dir() || seen.insert(stat.st_ino) {
+            bytes += stat.st_blocks as u64 * 512;
+        }
+        if FileType::from_raw_mode(stat.st_mode).is_dir() {
+            match descent.enter(&name) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound || e.kind() == io::ErrorKind::NotADirectory => {}
+                other => {
+                    other?;
+                    pending.push(names(descent.folder()?)?);
+                }
+            }
+        }
+    }
+    Ok(bytes)
+}
