@@ -18,7 +18,7 @@ use super::site::Site;
 use super::text::{counted, human_size};
 use super::trees::{OWNER, parse_name};
 use crate::source::{self, ScanOptions, SourceDir};
-use crate::store::{Error, Publish, RefName};
+use crate::store::{Error, Publish, RefName, Revision};
 
 /// Read a folder into a tree, and give it a name.
 ///
@@ -88,39 +88,43 @@ impl BuildTree {
             let _bar = Bar::over(options.progress.clone(), io.progress("reading, entries", 0));
             source::build_directory(&site.store, &folder, &options, target, &io.cancel())?
         };
-        let took = started.elapsed();
-        // The ref keeps the revision of an equal tree, which says what its first build added.
-        let unchanged = built.built_at != now;
-        let added = if unchanged { 0 } else { built.added };
-        if io.is_json() {
-            io.json(&json!({
-                "name": name.to_string(),
-                "digest": built.digest,
-                "files": built.files,
-                "entries": built.entries,
-                "size": built.size,
-                "unique": built.unique,
-                "added": added,
-                "unchanged": unchanged,
-                "milliseconds": took.as_millis() as u64,
-            }))?;
-            return Ok(Exit::Done);
-        }
-        io.line(&format!("{name}  {}", built.digest))?;
-        io.line(&format!(
-            "{}, {}; {} distinct, {} added; {:.1} s",
-            counted(built.files, "file", "files"),
-            human_size(built.size),
-            human_size(built.unique),
-            human_size(added),
-            took.as_secs_f64()
-        ))?;
+        tell(io, &name, &built, now, started)?;
         Ok(Exit::Done)
     }
 }
 
+/// Says what stands for a name after a publish at `now`.
+pub fn tell(io: &mut Io, name: &RefName, built: &Revision, now: SystemTime, started: Instant) -> Result<(), Failure> {
+    let took = started.elapsed();
+    // The ref keeps the revision of an equal tree, which says what its first build added.
+    let unchanged = built.built_at != now;
+    let added = if unchanged { 0 } else { built.added };
+    if io.is_json() {
+        return io.json(&json!({
+            "name": name.to_string(),
+            "digest": built.digest,
+            "files": built.files,
+            "entries": built.entries,
+            "size": built.size,
+            "unique": built.unique,
+            "added": added,
+            "unchanged": unchanged,
+            "milliseconds": took.as_millis() as u64,
+        }));
+    }
+    io.line(&format!("{name}  {}", built.digest))?;
+    io.line(&format!(
+        "{}, {}; {} distinct, {} added; {:.1} s",
+        counted(built.files, "file", "files"),
+        human_size(built.size),
+        human_size(built.unique),
+        human_size(added),
+        took.as_secs_f64()
+    ))
+}
+
 /// A name that an object of the cluster has is that object's.
-fn refuse_others(site: &Site, name: &RefName) -> Result<(), Failure> {
+pub fn refuse_others(site: &Site, name: &RefName) -> Result<(), Failure> {
     match site.store.get_ref(name) {
         Ok(Some(entry)) if entry.owner != OWNER && entry.current.is_some() => {
             let message = format!("the ref {name} belongs to the object with the UID {}", entry.owner);

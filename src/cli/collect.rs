@@ -50,6 +50,8 @@ impl Gc {
             min_copies: self.min_copies,
             grace: self.grace,
         };
+        // What only waits for a next layer is not in use.
+        site.layers.unmount_unused(Duration::ZERO)?;
         let bar = io.progress("collecting", 0);
         let report = site
             .store

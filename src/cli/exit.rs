@@ -160,7 +160,17 @@ impl From<layer::Error> for Failure {
     fn from(error: layer::Error) -> Failure {
         match error {
             layer::Error::Store(error) => error.into(),
-            error => Failure::new(Exit::Failed, error.to_string()),
+            error => {
+                use layer::Error;
+                let exit = match error {
+                    Error::InUse { .. } | Error::Immutable { .. } | Error::Occupied { .. } => Exit::InUse,
+                    Error::NotFound { .. } => Exit::NotFound,
+                    Error::DataLost { .. } | Error::Record { .. } => Exit::Damaged,
+                    Error::TooSmall { .. } | Error::Shrink { .. } | Error::InvalidId(_) => Exit::Usage,
+                    _ => Exit::Failed,
+                };
+                Failure::new(exit, error.to_string())
+            }
         }
     }
 }

@@ -20,6 +20,7 @@ mod export;
 mod figures;
 mod interrupt;
 mod io;
+mod layers;
 mod list;
 mod put;
 mod resolve;
@@ -110,6 +111,7 @@ enum Read {
     Stats(stats::Stats),
     Dedup(figures::DedupArgs),
     Analytics(figures::AnalyticsArgs),
+    Layers(layers::ListLayers),
 }
 
 /// The commands that change the store: run under its lock, here or by the agent that has it.
@@ -122,6 +124,9 @@ enum Write {
     Forget(trees::Forget),
     Gc(collect::Gc),
     Verify(verify::Verify),
+    Mount(layers::Mount),
+    Umount(layers::Umount),
+    Snapshot(layers::Snapshot),
 }
 
 impl Read {
@@ -138,6 +143,7 @@ impl Read {
             Read::Stats(args) => args.run(store, io),
             Read::Dedup(args) => args.run(store, io),
             Read::Analytics(args) => args.run(store, io),
+            Read::Layers(args) => args.run(store, io),
         }
     }
 
@@ -158,7 +164,12 @@ impl Write {
             Write::Put(args) => args.open(),
             Write::Build(args) => args.open(),
             Write::Verify(args) => args.open(),
-            Write::Rm(_) | Write::Forget(_) | Write::Gc(_) => Ok(Vec::new()),
+            Write::Rm(_)
+            | Write::Forget(_)
+            | Write::Gc(_)
+            | Write::Mount(_)
+            | Write::Umount(_)
+            | Write::Snapshot(_) => Ok(Vec::new()),
         }
     }
 
@@ -171,6 +182,9 @@ impl Write {
             Write::Forget(args) => args.run(site, io),
             Write::Gc(args) => args.run(site, io),
             Write::Verify(args) => args.run(site, files, io),
+            Write::Mount(args) => args.run(site, io),
+            Write::Umount(args) => args.run(site, io),
+            Write::Snapshot(args) => args.run(site, io),
         }
     }
 }

@@ -7,6 +7,7 @@ mod beside;
 mod exporting;
 mod failing;
 mod figures;
+mod layers;
 mod reading;
 mod verifying;
 mod writing;
@@ -100,6 +101,11 @@ impl Place {
     /// The digest of a ref's tree.
     pub fn digest(&self, name: &str) -> String {
         self.json(&["show", name])["digest"].as_str().unwrap().to_owned()
+    }
+
+    /// What is mounted in the place.
+    pub fn mounts(&self) -> Vec<PathBuf> {
+        self.dir.mounts()
     }
 
     pub fn staging_is_empty(&self) -> bool {
