@@ -13,6 +13,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
+use crate::store::tree::{LeafId, LeafKind, Node, Tree};
+
 /// All that can be seen of an entry, but for times other than that of its content's last change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
@@ -39,6 +41,69 @@ pub fn look(root: &Path) -> Looked {
         found.insert(path.to_vec(), entry);
     });
     found
+}
+
+/// The same of a tree in memory, its contents by their digests.
+pub fn look_at(tree: &Tree) -> Looked {
+    let mut found = Looked::new();
+    let mut first: HashMap<LeafId, Vec<u8>> = HashMap::new();
+    let mut walk = tree.walk();
+    while let Some((path, node)) = walk.next() {
+        let (meta, kind, inode) = match node {
+            Node::Dir(dir) => (&tree.dir(dir).meta, FileType::Directory, Vec::new()),
+            Node::Leaf(leaf) => (
+                &tree.leaf(leaf).meta,
+                match tree.leaf(leaf).kind {
+                    LeafKind::File { .. } => FileType::RegularFile,
+                    LeafKind::Symlink(_) => FileType::Symlink,
+                    LeafKind::CharDevice { .. } => FileType::CharacterDevice,
+                    LeafKind::BlockDevice { .. } => FileType::BlockDevice,
+                    LeafKind::Fifo => FileType::Fifo,
+                    LeafKind::Socket => FileType::Socket,
+                },
+                first.entry(leaf).or_insert(path.to_vec()).clone(),
+            ),
+        };
+        let (device, size, content) = match node {
+            Node::Dir(_) => (0, 0, Vec::new()),
+            Node::Leaf(leaf) => match &tree.leaf(leaf).kind {
+                LeafKind::File { digest, size } => (0, *size as i64, digest.as_bytes().to_vec()),
+                LeafKind::Symlink(target) => (0, target.len() as i64, target.to_vec()),
+                LeafKind::CharDevice { major, minor } | LeafKind::BlockDevice { major, minor } => {
+                    (rustix::fs::makedev(*major, *minor), 0, Vec::new())
+                }
+                LeafKind::Fifo | LeafKind::Socket => (0, 0, Vec::new()),
+            },
+        };
+        let entry = Entry {
+            mode: kind.as_raw_mode() | u32::from(meta.mode),
+            owner: (meta.uid, meta.gid),
+            mtime: (meta.mtime.0, u64::from(meta.mtime.1)),
+            device,
+            size,
+            xattrs: meta
+                .xattrs
+                .iter()
+                .map(|(name, value)| (name.to_vec(), value.to_vec()))
+                .collect(),
+            content,
+            inode: (inode, 0),
+        };
+        found.insert(path.to_vec(), entry);
+    }
+    count_names(&mut found);
+    found
+}
+
+/// Counts the names that each inode has here: through an overlay, one whose link was broken shows the number below.
+pub fn count_names(found: &mut Looked) {
+    let mut names: HashMap<Vec<u8>, u64> = HashMap::new();
+    for entry in found.values() {
+        *names.entry(entry.inode.0.clone()).or_default() += 1;
+    }
+    for entry in found.values_mut() {
+        entry.inode.1 = names[&entry.inode.0];
+    }
 }
 
 /// Called with a folder, a name in it, and the path of both.
@@ -77,7 +142,7 @@ fn open(at: impl std::os::fd::AsFd, name: &[u8]) -> OwnedFd {
     openat(at, name, OFlags::RDONLY | OFlags::NOFOLLOW, Mode::empty()).unwrap()
 }
 
-fn entry(folder: &OwnedFd, name: &[u8], path: &[u8], inodes: &mut HashMap<u64, Vec<u8>>) -> Entry {
+fn entry(folder: &OwnedFd, name: &[u8], path: &[u8], inodes: &mut HashMap<(u64, u64), Vec<u8>>) -> Entry {
     let stat = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW).unwrap();
     let kind = FileType::from_raw_mode(stat.st_mode);
     let is_folder = kind == FileType::Directory;
@@ -103,7 +168,10 @@ fn entry(folder: &OwnedFd, name: &[u8], path: &[u8], inodes: &mut HashMap<u64, V
         inode: match is_folder {
             true => (Vec::new(), 0),
             false => (
-                inodes.entry(stat.st_ino).or_insert(path.to_vec()).clone(),
+                inodes
+                    .entry((stat.st_dev, stat.st_ino))
+                    .or_insert(path.to_vec())
+                    .clone(),
                 stat.st_nlink,
             ),
         },

@@ -1,8 +1,10 @@
 //! Generated folders on real file systems: made by plain calls of the kernel (`make.rs`), read, published, exported, and
 //! compared by an eye of its own (`look.rs`) with what was made, byte by byte and attribute by attribute.
 
+mod layers;
 mod look;
 mod make;
+mod operate;
 
 use std::fs;
 use std::path::{Path, PathBuf};
