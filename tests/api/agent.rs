@@ -124,7 +124,7 @@ async fn layers_stay_mounted_while_the_agent_is_away_and_are_not_mounted_twice()
         }
     })
     .await;
-    assert!(site.store.mounts().is_empty());
+    assert!(site.store.layer_mounts().is_empty());
     site.no_loop_devices().await;
 }
 

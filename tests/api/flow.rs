@@ -94,7 +94,7 @@ async fn a_layer_is_changed_and_its_snapshot_is_a_tree_that_stays() {
     for layer in ["work", "memory", "again"] {
         site.delete_layer(layer).await;
     }
-    assert_eq!(site.store.mounts(), Vec::<std::path::PathBuf>::new());
+    assert_eq!(site.store.layer_mounts(), Vec::<std::path::PathBuf>::new());
     site.no_loop_devices().await;
     assert_eq!(std::fs::read_dir(site.root().join("layers")).unwrap().count(), 0);
     let after = site.manifest_says("snap", "True", "Stored").await.status.unwrap();

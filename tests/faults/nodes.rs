@@ -115,10 +115,10 @@ async fn a_node_that_comes_back_finishes_what_was_deleted_meanwhile() {
     // The agent takes its word back from the controller.
     site.layer_says("stays", "True", "Mounted").await;
     assert_eq!(
-        site.store.mounts().len(),
+        site.store.layer_mounts().len(),
         2,
         "one layer with its file system: {:?}",
-        site.store.mounts()
+        site.store.layer_mounts()
     );
     controller.stop().await;
 }

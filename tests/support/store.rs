@@ -41,6 +41,15 @@ impl StoreDir {
         mounts_below(&self.path)
     }
 
+    /// Those of layers: not what the layers of a tree share, which stays for the next one.
+    pub fn layer_mounts(&self) -> Vec<PathBuf> {
+        let shared = |path: &PathBuf| {
+            let folder = path.parent().unwrap_or(path);
+            folder.ends_with("mnt/images") || folder.ends_with("mnt/trees")
+        };
+        self.mounts().into_iter().filter(|path| !shared(path)).collect()
+    }
+
     /// Loop devices over a file below the folder.
     pub fn loop_devices(&self) -> Vec<PathBuf> {
         loop_devices_below(&self.path)

@@ -20,7 +20,7 @@ use crate::store::tree::{LeafId, LeafKind, Node, Tree};
 pub struct Entry {
     /// With the type.
     mode: u32,
-    owner: (u32, u32),
+    pub owner: (u32, u32),
     mtime: (i64, u64),
     device: u64,
     size: i64,

@@ -1,6 +1,7 @@
 //! Generated folders on real file systems: made by plain calls of the kernel (`make.rs`), read, published, exported, and
 //! compared by an eye of its own (`look.rs`) with what was made, byte by byte and attribute by attribute.
 
+mod images;
 mod layers;
 mod look;
 mod make;

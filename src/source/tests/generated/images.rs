@@ -1,0 +1,177 @@
+//! Images of generated folders, as the kernel shows them with the store's contents behind them, compared by the eye of
+//! its own with what was made; and as `fsck.erofs` finds them.
+
+use super::*;
+use crate::layer::{LayerId, Mode, Road};
+
+struct Images {
+    disk: Disk,
+    store: Store,
+    layers: Layers,
+}
+
+impl Images {
+    fn new(megabytes: u64, options: &[&str], road: Road) -> Images {
+        let disk = Disk::new("ext4", megabytes, options);
+        let store = Store::open(&disk.path.join("store"), Options::default()).unwrap();
+        let options = layer::Options {
+            // Setuid bits are shown either way; with this, `look` may read what a mount would keep from it.
+            allow_suid: true,
+            road: Some(road),
+            ..layer::Options::default()
+        };
+        let layers = Layers::open(store.clone(), options).unwrap();
+        Images { disk, store, layers }
+    }
+
+    fn source(&self) -> PathBuf {
+        let source = self.disk.path.join("source");
+        fs::create_dir(&source).unwrap();
+        source
+    }
+
+    /// Shows a tree to `see`, as a mount that nobody can write to.
+    fn show(&self, tree: &crate::store::TreeDigest, ids: Option<(u32, u32)>, see: impl FnOnce(&Path)) {
+        let id: LayerId = uuid::Uuid::new_v4().to_string().parse().unwrap();
+        let spec = LayerSpec {
+            id: id.clone(),
+            owner: LayerOwner::object("ns", "l"),
+            tree: *tree,
+            mode: Mode::ReadOnly,
+            size: None,
+            ids,
+        };
+        see(&self.layers.prepare(&spec).unwrap().path);
+        self.layers.release(&id, false).unwrap();
+        assert_eq!(self.layers.unmount_unused(std::time::Duration::ZERO).unwrap(), 2);
+    }
+
+    /// The one image that there is.
+    fn image(&self) -> PathBuf {
+        let mut images = fs::read_dir(self.store.images_dir()).unwrap();
+        let image = images.next().unwrap().unwrap().path();
+        assert!(images.next().is_none());
+        image
+    }
+
+    fn check(&self, what: &str) {
+        let out = Command::new("fsck.erofs").arg(self.image()).output().unwrap();
+        let said = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
+        assert!(out.status.success() && said.is_empty(), "{what}: {said}");
+    }
+}
+
+fn shown(road: Road, usual: u64) {
+    let images = Images::new(256, &["-m0", "-b4096"], road);
+    let first = first_seed();
+    for seed in (0..rounds(usual)).map(|round| first.wrapping_add(round)) {
+        let what = format!("LARDER_SEED={seed}");
+        let source = images.source();
+        make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
+        let made = look(&source);
+        let tree = take(&images.store, &source).digest().unwrap();
+        images.show(&tree, None, |path| assert_alike(&made, &look(path), &what));
+        images.check(&what);
+        let bytes = fs::read(images.image()).unwrap();
+        remove_all(&images.image()).unwrap();
+        // The same bytes again, and with an owner another image.
+        images.show(&tree, None, |_| {});
+        assert!(
+            fs::read(images.image()).unwrap() == bytes,
+            "{what}: the image is another one"
+        );
+        remove_all(&images.image()).unwrap();
+        images.show(&tree, Some((70_000, 4_000_000_000)), |path| {
+            let owned = look(path);
+            assert_eq!(owned.len(), made.len(), "{what}");
+            for (path, entry) in &owned {
+                assert_eq!(entry.owner, (70_000, 4_000_000_000), "{what}: {}", path.escape_ascii());
+            }
+        });
+        images.check(&what);
+        remove_all(&images.image()).unwrap();
+        remove_all(&source).unwrap();
+    }
+}
+
+#[test]
+fn any_folder_is_shown_by_its_image_as_it_is() {
+    shown(Road::Descriptors, 100);
+}
+
+#[test]
+fn any_folder_is_shown_by_its_image_on_the_second_road_too() {
+    shown(Road::Paths, 20);
+}
+
+#[test]
+fn a_folder_of_a_hundred_thousand_entries_is_shown_by_its_image() {
+    let images = Images::new(512, &["-m0", "-b4096", "-N250000"], Road::Descriptors);
+    let source = images.source();
+    make::large_folder(&source, 100_000, &mut StdRng::seed_from_u64(1));
+    let made = look(&source);
+    let tree = take(&images.store, &source).digest().unwrap();
+    images.show(&tree, None, |path| assert_alike(&made, &look(path), "large"));
+    images.check("large");
+}
+
+#[test]
+fn an_image_that_is_not_whole_or_not_one_is_made_again() {
+    let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
+    let source = images.source();
+    for number in 0..200 {
+        fs::write(source.join(format!("file-{number}")), number.to_string()).unwrap();
+    }
+    let made = look(&source);
+    let tree = take(&images.store, &source).digest().unwrap();
+    images.show(&tree, None, |_| {});
+    let whole = fs::read(images.image()).unwrap();
+    let (mut other_tree, mut unmountable) = (whole.clone(), whole.clone());
+    other_tree[1024 + 48] ^= 1;
+    // A block size that no kernel takes: only mounting tells.
+    unmountable[1024 + 12] = 1;
+    let path = images.image();
+    for damaged in [
+        &whole[..whole.len() - 4096],
+        &whole[..100],
+        b"",
+        &other_tree,
+        &unmountable,
+    ] {
+        fs::write(&path, damaged).unwrap();
+        images.show(&tree, None, |path| assert_alike(&made, &look(path), "mended"));
+        assert!(fs::read(&path).unwrap() == whole);
+    }
+}
+
+#[test]
+fn what_an_image_cannot_show_is_named() {
+    let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
+    let build = images.store.build().unwrap();
+    let mut tree = Tree::new(crate::store::tree::Meta::default());
+    let folder = tree
+        .add_dir(Tree::ROOT, *b"folder", crate::store::tree::Meta::default())
+        .unwrap();
+    // The format has 16 bits for the length.
+    let leaf = crate::store::tree::Leaf {
+        meta: crate::store::tree::Meta {
+            xattrs: vec![((*b"user.large").into(), vec![0; 65_536].into())],
+            ..Default::default()
+        },
+        kind: crate::store::tree::LeafKind::Fifo,
+    };
+    tree.add_leaf(folder, *b"pipe", leaf).unwrap();
+    let tree = publish(build, &tree.finish().unwrap(), "large");
+    let spec = LayerSpec {
+        id: uuid::Uuid::new_v4().to_string().parse().unwrap(),
+        owner: LayerOwner::object("ns", "l"),
+        tree,
+        mode: Mode::ReadOnly,
+        size: None,
+        ids: None,
+    };
+    let error = images.layers.prepare(&spec).unwrap_err().to_string();
+    assert!(error.contains("folder/pipe") && error.contains("65535"), "{error}");
+    assert_eq!(fs::read_dir(images.store.images_dir()).unwrap().count(), 0);
+    images.layers.release(&spec.id, false).unwrap();
+}
