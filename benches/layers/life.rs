@@ -10,6 +10,7 @@ use super::trees::{LIMIT, SMALL, Site};
 
 const LAYERS: usize = 1_000;
 const AT_ONCE: usize = 100;
+const WORKERS: usize = 8;
 
 pub fn bench(site: &Site, goals: &mut Goals) {
     let modes = [Mode::Overlay, Mode::Tmpfs, Mode::ReadOnly];
@@ -19,18 +20,23 @@ pub fn bench(site: &Site, goals: &mut Goals) {
         site.layers.prepare(&spec).expect("mounted");
         site.layers.release(&spec.id, false).expect("released");
     };
+    // As many at a time as an agent works on.
     let all_at_once = || {
         let specs: Vec<_> = (0..AT_ONCE).map(spec).collect();
-        std::thread::scope(|scope| {
-            for spec in &specs {
-                scope.spawn(|| site.layers.prepare(spec).expect("mounted"));
-            }
-        });
-        std::thread::scope(|scope| {
-            for spec in &specs {
-                scope.spawn(|| site.layers.release(&spec.id, false).expect("released"));
-            }
-        });
+        for release in [false, true] {
+            std::thread::scope(|scope| {
+                for specs in specs.chunks(AT_ONCE.div_ceil(WORKERS)) {
+                    scope.spawn(move || {
+                        for spec in specs {
+                            match release {
+                                false => drop(site.layers.prepare(spec).expect("mounted")),
+                                true => site.layers.release(&spec.id, false).expect("released"),
+                            }
+                        }
+                    });
+                }
+            });
+        }
     };
     // What the first ones take stays: threads' stacks, the allocator's arenas.
     (0..20).for_each(one);

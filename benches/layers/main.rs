@@ -28,6 +28,9 @@ fn main() {
         rustix::process::geteuid().is_root(),
         "the layers' bench mounts file systems, so it needs root"
     );
+    if trees::make() {
+        return;
+    }
     disk::private_mounts();
     let dir = disk::work_dir("layers");
     let mut goals = Goals::new("layers");
@@ -46,6 +49,9 @@ fn main() {
                 other => panic!("there is no part {other:?}; there are {PARTS}"),
             }
         }
+        site.layers
+            .unmount_unused(std::time::Duration::ZERO)
+            .expect("unmounted");
     }
     std::fs::remove_dir_all(&dir).expect("removed");
     goals.finish();

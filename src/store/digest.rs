@@ -50,7 +50,10 @@ macro_rules! digest_type {
 
             /// 64 lower-case hexadecimal digits, without the `sha256:` prefix.
             pub fn hex(&self) -> String {
-                hex::encode(self.0)
+                // `hex::encode` works char by char, which shows where there are a million digests.
+                let mut digits = vec![0; 64];
+                let _ = hex::encode_to_slice(self.0, &mut digits);
+                String::from_utf8(digits).unwrap_or_default()
             }
 
             /// Reads what [`Self::hex`] wrote; `None` for anything else.

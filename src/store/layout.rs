@@ -262,8 +262,9 @@ pub(super) fn object_path(digest: &Digest) -> String {
 
 /// Where a content is below [`Reader::objects_dir`](super::Reader::objects_dir).
 pub fn object_name(digest: &Digest) -> String {
-    let hex = digest.hex();
-    format!("{}/{}", &hex[..2], &hex[2..])
+    let mut name = digest.hex();
+    name.insert(2, '/');
+    name
 }
 
 /// The digest of the object with that name in a shard; `None` for a name that is none of the store's.

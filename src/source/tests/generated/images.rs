@@ -62,35 +62,44 @@ impl Images {
 }
 
 fn shown(road: Road, usual: u64) {
-    let images = Images::new(256, &["-m0", "-b4096"], road);
     let first = first_seed();
-    for seed in (0..rounds(usual)).map(|round| first.wrapping_add(round)) {
-        let what = format!("LARDER_SEED={seed}");
-        let source = images.source();
-        make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
-        let made = look(&source);
-        let tree = take(&images.store, &source).digest().unwrap();
-        images.show(&tree, None, |path| assert_alike(&made, &look(path), &what));
-        images.check(&what);
-        let bytes = fs::read(images.image()).unwrap();
-        remove_all(&images.image()).unwrap();
-        // The same bytes again, and with an owner another image.
-        images.show(&tree, None, |_| {});
-        assert!(
-            fs::read(images.image()).unwrap() == bytes,
-            "{what}: the image is another one"
-        );
-        remove_all(&images.image()).unwrap();
-        images.show(&tree, Some((70_000, 4_000_000_000)), |path| {
-            let owned = look(path);
-            assert_eq!(owned.len(), made.len(), "{what}");
-            for (path, entry) in &owned {
-                assert_eq!(entry.owner, (70_000, 4_000_000_000), "{what}: {}", path.escape_ascii());
-            }
-        });
-        images.check(&what);
-        remove_all(&images.image()).unwrap();
-        remove_all(&source).unwrap();
+    for begin in (0..rounds(usual)).step_by(usual as usize) {
+        let images = Images::new(256, &["-m0", "-b4096"], road);
+        images.see_all((begin..begin + usual).map(|round| first.wrapping_add(round)));
+    }
+}
+
+impl Images {
+    fn see_all(&self, seeds: impl Iterator<Item = u64>) {
+        let images = self;
+        for seed in seeds {
+            let what = format!("LARDER_SEED={seed}");
+            let source = images.source();
+            make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
+            let made = look(&source);
+            let tree = take(&images.store, &source).digest().unwrap();
+            images.show(&tree, None, |path| assert_alike(&made, &look(path), &what));
+            images.check(&what);
+            let bytes = fs::read(images.image()).unwrap();
+            remove_all(&images.image()).unwrap();
+            // The same bytes again, and with an owner another image.
+            images.show(&tree, None, |_| {});
+            assert!(
+                fs::read(images.image()).unwrap() == bytes,
+                "{what}: the image is another one"
+            );
+            remove_all(&images.image()).unwrap();
+            images.show(&tree, Some((70_000, 4_000_000_000)), |path| {
+                let owned = look(path);
+                assert_eq!(owned.len(), made.len(), "{what}");
+                for (path, entry) in &owned {
+                    assert_eq!(entry.owner, (70_000, 4_000_000_000), "{what}: {}", path.escape_ascii());
+                }
+            });
+            images.check(&what);
+            remove_all(&images.image()).unwrap();
+            remove_all(&source).unwrap();
+        }
     }
 }
 

@@ -134,15 +134,14 @@ fn survive(store: &Store, disk: &Path, largest: (u32, u32), seeds: impl Iterator
 }
 
 fn survive_on(kind: &str, megabytes: u64, options: &[&str], largest: (u32, u32), usual: u64) {
-    let disk = Disk::new(kind, megabytes, options);
-    let store = Store::open(&disk.path.join("store"), Options::default()).unwrap();
     let first = first_seed();
-    survive(
-        &store,
-        &disk.path,
-        largest,
-        (0..rounds(usual)).map(|round| first.wrapping_add(round)),
-    );
+    // The store keeps all trees, and there is room for so many.
+    for begin in (0..rounds(usual)).step_by(usual as usize) {
+        let disk = Disk::new(kind, megabytes, options);
+        let store = Store::open(&disk.path.join("store"), Options::default()).unwrap();
+        let seeds = (begin..begin + usual).map(|round| first.wrapping_add(round));
+        survive(&store, &disk.path, largest, seeds);
+    }
 }
 
 #[test]
