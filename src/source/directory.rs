@@ -5,6 +5,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
 
 use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 use rustix::fs::Stat;
@@ -96,6 +97,7 @@ fn scan_knowing(
         cancel,
         store: Some(dir.store),
         known,
+        settle: Duration::ZERO,
         notes: true,
         progress: &options.progress,
     };

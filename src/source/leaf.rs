@@ -5,7 +5,7 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, readlinkat, statat};
 use rustix::io::Errno;
@@ -61,38 +61,64 @@ impl From<Errno> for Trouble {
 /// does not belong to the tree.
 pub(super) type Other<'a> = dyn Fn(&Stat, &mut Xattrs) -> Result<Option<LeafKind>, FailureKind> + 'a;
 
+/// How entries are read.
+pub(super) struct Way<'a> {
+    pub build: &'a Build,
+    /// Nothing is begun after this is set.
+    pub cancel: &'a AtomicBool,
+    /// A file that was changed a shorter time ago is left alone once until then. A write moves the file's times first
+    /// and then its bytes, so that one that is under way is not to be seen from the times.
+    pub settle: Duration,
+}
+
 /// Reads the entry that had the status `seen` when the walk came by, and stores its content unless it has an `other`.
-/// Tells also the status that it had before and after being read. Nothing is begun after `cancel` is set.
+/// Tells also the status that it had before and after being read.
 pub(super) fn read(
     folder: &OwnedFd,
     name: &CStr,
     seen: &Stat,
     other: &Other<'_>,
-    build: &Build,
-    cancel: &AtomicBool,
+    way: &Way<'_>,
     buffers: &mut Buffers,
 ) -> Result<(Leaf, Stat), Trouble> {
+    let look = || {
+        let now = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        // Another inode under the name is as good, unless the walk took the names of this one together.
+        let linked = seen.st_nlink > 1 || now.st_nlink > 1;
+        let replaced = (now.st_dev, now.st_ino) != (seen.st_dev, seen.st_ino);
+        match file_type(&now) != file_type(seen) || (linked && replaced) {
+            true => Err(Trouble::Replaced),
+            false => Ok(now),
+        }
+    };
     let mut before = *seen;
+    if let Some(rest) = way.settle.checked_sub(age(seen, SystemTime::now()))
+        && file_type(seen) == FileType::RegularFile
+    {
+        thread::sleep(rest);
+        before = look()?;
+    }
     let mut tried = 1;
     loop {
-        if cancel.load(Ordering::Relaxed) {
+        if way.cancel.load(Ordering::Relaxed) {
             return Err(Trouble::Cancelled);
         }
-        match read_once(folder, name, &before, other, build, buffers) {
+        match read_once(folder, name, &before, other, way.build, buffers) {
             Err(Trouble::Changed) if tried < TRIES => {
                 thread::sleep(PAUSE * (1 << tried));
                 tried += 1;
-                before = statat(folder, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                // Another inode under the name is as good, unless the walk took the names of this one together.
-                let linked = seen.st_nlink > 1 || before.st_nlink > 1;
-                let replaced = (before.st_dev, before.st_ino) != (seen.st_dev, seen.st_ino);
-                if file_type(&before) != file_type(seen) || (linked && replaced) {
-                    return Err(Trouble::Replaced);
-                }
+                before = look()?;
             }
             read => return Ok((read?, before)),
         }
     }
+}
+
+/// How long ago it was changed. What was changed in the future, by the clock, was long ago.
+fn age(stat: &Stat, now: SystemTime) -> Duration {
+    let since = Duration::new(stat.st_ctime.max(0) as u64, stat.st_ctime_nsec as u32);
+    now.duration_since(SystemTime::UNIX_EPOCH + since)
+        .unwrap_or(Duration::MAX)
 }
 
 fn read_once(

@@ -8,13 +8,14 @@ use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use rayon::prelude::*;
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, statat};
 use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
-use super::leaf::{self, Trouble, device, file_type, meta, same};
+use super::leaf::{self, Trouble, Way, device, file_type, meta, same};
 use super::unchanged::{Known, Marks};
 use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::{Descent, names, open_beneath};
@@ -59,6 +60,8 @@ pub(super) struct Reading<'a> {
     pub store: Option<(u64, u64)>,
     /// What was read of this folder before.
     pub known: Option<&'a Known>,
+    /// How old the last change of a file should be when it is read; see [`Way`].
+    pub settle: Duration,
     /// Whether marks are made of what is read.
     pub notes: bool,
     /// Counts the entries that have been read.
@@ -382,7 +385,12 @@ impl<'a> Walk<'a> {
         if self.reading.cancel.load(Ordering::Relaxed) {
             return Err(Error::Cancelled);
         }
-        let (build, cancel, progress) = (self.reading.build, self.reading.cancel, self.reading.progress);
+        let progress = self.reading.progress;
+        let way = Way {
+            build: self.reading.build,
+            cancel: self.reading.cancel,
+            settle: self.reading.settle,
+        };
         let (rules, tree) = (self.rules, &self.tree);
         let pending = std::mem::take(&mut self.pending);
         let read: Vec<Result<(Leaf, Stat), Trouble>> = pending
@@ -393,7 +401,7 @@ impl<'a> Walk<'a> {
                     name: entry.name.to_bytes(),
                 };
                 let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
-                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, build, cancel, buffers);
+                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, &way, buffers);
                 progress.fetch_add(1, Ordering::Relaxed);
                 read
             })

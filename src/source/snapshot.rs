@@ -9,6 +9,7 @@ mod tests;
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::time::Duration;
 
 use super::error::Error;
 use super::read::{Reading, read};
@@ -16,6 +17,11 @@ use crate::layer::{LayerId, Layers, own};
 use crate::store::Build;
 use crate::store::tree::Tree;
 use resolve::Upper;
+
+/// A layer is written to while it is read. This is long for a write, and for what overlayfs does in two steps: opening
+/// a file of which only the metadata was copied with `O_TRUNC` takes `metacopy` away first and cuts the file to nothing
+/// then (seen in 6.18). Between the two it has its old length, and zeros that nobody wrote.
+const SETTLE: Duration = Duration::from_millis(20);
 
 /// Reads the layer's tree as it is now, and its new contents into a build. The layer stays in use meanwhile; what
 /// changes while it is read is read again.
@@ -42,6 +48,7 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
         cancel,
         store: None,
         known: None,
+        settle: SETTLE,
         notes: false,
         progress: &AtomicU64::new(0),
     };

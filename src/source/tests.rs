@@ -4,6 +4,7 @@ mod edges;
 mod generated;
 mod layers;
 mod unchanged;
+mod writers;
 
 use std::ffi::OsStr;
 use std::fs;

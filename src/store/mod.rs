@@ -36,7 +36,7 @@ mod rm;
 mod shards;
 mod stored;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
 mod time;

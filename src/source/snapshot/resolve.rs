@@ -16,8 +16,6 @@
 //! overlayfs can also note deletions in attributes (`opaque` with the value `x`, `whiteout`). It does so in no upper
 //! folder, and reads them there by halves; a snapshot refuses them.
 
-use std::time::{Duration, SystemTime};
-
 use rustix::fs::{FileType, Stat};
 
 use crate::layer::unescape;
@@ -29,12 +27,7 @@ use crate::store::tree::{Dir, DirId, LeafKind, Meta, Node, Tree};
 const OPAQUE: &str = "trusted.overlay.opaque";
 const REDIRECT: &str = "trusted.overlay.redirect";
 const METACOPY: &str = "trusted.overlay.metacopy";
-const ORIGIN: &str = "trusted.overlay.origin";
 const WHITEOUT: &str = "trusted.overlay.whiteout";
-
-/// How long ago a file's last change must be for a moment's state not to be taken for what it is; longer than the
-/// kernel's tick, and shorter than all the pauses of `leaf::read`.
-const MOMENT: Duration = Duration::from_millis(40);
 
 /// The rules of an upper folder over a tree that lies in the one under way.
 pub(super) struct Upper {
@@ -121,10 +114,7 @@ impl Rules for Upper {
         // What is no regular file has its own content, whatever its attributes (ovl_check_metacopy_xattr).
         let is_file = FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile;
         let Some(metacopy) = marks.metacopy.filter(|_| is_file) else {
-            return match is_file && marks.origin && is_being_cut(stat, SystemTime::now()) {
-                true => Err(FailureKind::Changed),
-                false => Ok(None),
-            };
+            return Ok(None);
         };
         // struct ovl_metacopy: version 0, its own length, flags, algorithm and digest of fs-verity. Before 6.6: empty.
         if !(metacopy.is_empty()
@@ -149,15 +139,6 @@ impl Rules for Upper {
     }
 }
 
-/// May this be a file that is about to be emptied? Opening one of which only the metadata was copied with `O_TRUNC`
-/// takes `metacopy` away first and cuts it to nothing then (ovl_maybe_copy_up before handle_truncate, 6.18). Between
-/// the two it has its old length, and zeros that nobody wrote.
-pub(super) fn is_being_cut(stat: &Stat, now: SystemTime) -> bool {
-    let changed = SystemTime::UNIX_EPOCH + Duration::new(stat.st_ctime.max(0) as u64, stat.st_ctime_nsec as u32);
-    let is_hole = stat.st_size > 0 && stat.st_blocks == 0;
-    is_hole && now.duration_since(changed).is_ok_and(|age| age < MOMENT)
-}
-
 fn strange(attribute: &str) -> FailureKind {
     FailureKind::Overlay {
         attribute: attribute.to_owned(),
@@ -170,8 +151,6 @@ struct Marks {
     opaque: Option<Box<[u8]>>,
     redirect: Option<Box<[u8]>>,
     metacopy: Option<Box<[u8]>>,
-    /// It was copied from below.
-    origin: bool,
     whiteout: bool,
 }
 
@@ -189,7 +168,6 @@ impl Marks {
                 (None, Ok(OPAQUE)) => marks.opaque = Some(value),
                 (None, Ok(REDIRECT)) => marks.redirect = Some(value),
                 (None, Ok(METACOPY)) => marks.metacopy = Some(value),
-                (None, Ok(ORIGIN)) => marks.origin = true,
                 (None, Ok(WHITEOUT)) => marks.whiteout = true,
                 (None, _) => {}
             }

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{CWD, FileType, Mode, XattrFlags, lsetxattr, mknodat};
-use sha2::{Digest as _, Sha256};
 
 use super::*;
 use crate::source::Failure;
 use crate::source::error::FailureKind;
+use crate::store::testing::digest_of;
 use crate::store::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Node};
-use crate::store::{Digest, Options, Store};
+use crate::store::{Options, Store};
 
 const OPAQUE: &str = "trusted.overlay.opaque";
 const REDIRECT: &str = "trusted.overlay.redirect";
@@ -26,10 +26,6 @@ struct Made {
     dir: tempfile::TempDir,
     store: Store,
     base: Tree,
-}
-
-fn digest_of(bytes: &[u8]) -> Digest {
-    Digest::from_bytes(Sha256::digest(bytes).into())
 }
 
 /// The content that a file of the base is said to have. It is in no store: nothing may look for it.
@@ -103,6 +99,7 @@ impl Made {
             cancel: &AtomicBool::new(false),
             store: None,
             known: None,
+            settle: Duration::ZERO,
             notes: false,
             progress: &AtomicU64::new(0),
         };
@@ -434,29 +431,4 @@ fn a_folder_below_in_two_places_is_named() {
     made.folder("x", &[(REDIRECT, "/a")]);
     let error = made.read().unwrap_err();
     assert!(error.to_string().contains("x/b"), "{error}");
-}
-
-/// Between losing `metacopy` and being cut to nothing, a file that is opened with `O_TRUNC` reads as zeros.
-#[test]
-fn a_hole_that_was_copied_from_below_just_now_is_no_content_and_one_that_stays_is() {
-    let made = Made::new();
-    made.metacopy("file", &[("trusted.overlay.origin", "x")]);
-    rustix::fs::removexattr(made.at("file"), METACOPY).unwrap();
-    let stat = rustix::fs::stat(made.at("file")).unwrap();
-    assert_eq!((stat.st_size, stat.st_blocks), (5, 0));
-    let changed = SystemTime::UNIX_EPOCH + Duration::new(stat.st_ctime as u64, stat.st_ctime_nsec as u32);
-    let after = |milliseconds| changed + Duration::from_millis(milliseconds);
-    assert!(resolve::is_being_cut(&stat, changed) && resolve::is_being_cut(&stat, after(30)));
-    assert!(!resolve::is_being_cut(&stat, after(50)));
-    // The clock was set back.
-    assert!(!resolve::is_being_cut(&stat, changed - Duration::from_secs(1)));
-    fs::write(made.at("data"), "x").unwrap();
-    fs::write(made.at("empty"), "").unwrap();
-    for name in ["data", "empty"] {
-        let stat = rustix::fs::stat(made.at(name)).unwrap();
-        assert!(!resolve::is_being_cut(&stat, SystemTime::now()), "{name}");
-    }
-    let tree = made.read().unwrap();
-    let digest = digest_of(&[0; 5]);
-    assert_eq!(tree.leaf(leaf(&tree, "file")).kind, LeafKind::File { digest, size: 5 });
 }
