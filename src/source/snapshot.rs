@@ -32,12 +32,16 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
     let upper = layers.upper(id)?;
     let failed = |action, source| Error::io(action, "the layer".as_ref(), source);
     // Until the build is published, also when the layer is released before.
-    build.keep(&upper.record.tree)?;
+    let base = build.keep_tree(&upper.record.tree)?;
     rustix::fs::syncfs(&upper.folder).map_err(|errno| failed("sync", errno.into()))?;
     let folder = upper.folder.as_fd().try_clone_to_owned();
     let folder: OwnedFd = folder.map_err(|error| failed("open", error))?;
-    let load = || -> Result<Tree, Error> {
-        let mut base = layers.store().load(&upper.record.tree)?;
+    let mut base = Some(base);
+    let load = || {
+        let mut base = match base.take() {
+            Some(base) => base,
+            None => layers.store().load(&upper.record.tree)?,
+        };
         if let Some(ids) = upper.record.ids {
             own(&mut base, ids);
         }
@@ -56,7 +60,7 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
 }
 
 /// Reads an upper folder over the tree that `load` gives: once for each try, as what comes out is made of it.
-fn over(folder: &OwnedFd, load: impl Fn() -> Result<Tree, Error>, reading: &Reading) -> Result<Tree, Error> {
+fn over(folder: &OwnedFd, mut load: impl FnMut() -> Result<Tree, Error>, reading: &Reading) -> Result<Tree, Error> {
     let (rules, tree) = Upper::over(load()?);
     let mut first = Some(tree);
     let begin = || match first.take() {

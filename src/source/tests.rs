@@ -1,5 +1,6 @@
 //! Awkward folders, and layers against their merged view. Needs root: it makes devices, owners and mounts.
 
+mod cost;
 mod edges;
 mod generated;
 mod layers;

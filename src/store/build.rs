@@ -18,7 +18,7 @@ use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
 use super::layout::{Inner, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
-use super::tree::Leaf;
+use super::tree::{Leaf, Tree};
 use super::{Digest, Error, Store, TreeDigest, manifests, remove};
 
 /// Contents up to this size are hashed in memory, so that one that is there already is never written.
@@ -61,28 +61,21 @@ pub struct Build {
 /// A tree whose contents may be named by the tree under way.
 pub(super) struct Kept {
     _hold: Hold,
-    leaves: Arc<Vec<Leaf>>,
-    /// The leaves that have a content, by its digest.
-    by_digest: Vec<u32>,
+    /// Of all its contents, sorted.
+    digests: Vec<Digest>,
 }
 
 impl Kept {
-    fn new(hold: Hold, leaves: Arc<Vec<Leaf>>) -> Kept {
-        let contents = (0..).zip(leaves.iter()).filter(|(_, leaf)| leaf.content().is_some());
-        let mut by_digest: Vec<u32> = contents.map(|(leaf, _)| leaf).collect();
-        by_digest.par_sort_unstable_by_key(|leaf| leaves[*leaf as usize].content());
-        Kept {
-            _hold: hold,
-            leaves,
-            by_digest,
-        }
+    fn new(hold: Hold, leaves: &[Leaf]) -> Kept {
+        let contents = leaves.iter().filter_map(Leaf::content);
+        let mut digests: Vec<Digest> = contents.map(|(digest, _)| *digest).collect();
+        digests.par_sort_unstable();
+        digests.dedup();
+        Kept { _hold: hold, digests }
     }
 
     pub fn names(&self, digest: &Digest) -> bool {
-        let digest_of = |leaf: &u32| self.leaves[*leaf as usize].content().map(|(digest, _)| digest);
-        self.by_digest
-            .binary_search_by(|leaf| digest_of(leaf).cmp(&Some(digest)))
-            .is_ok()
+        self.digests.binary_search(digest).is_ok()
     }
 }
 
@@ -117,9 +110,16 @@ impl Build {
     pub fn keep(&self, tree: &TreeDigest) -> Result<Arc<Vec<Leaf>>, Error> {
         let hold = Hold::take_stored(&self.store, tree)?;
         let leaves = Arc::new(manifests::leaves(&self.store, tree)?);
-        let kept = Kept::new(hold, leaves.clone());
-        lock(&self.kept).push(kept);
+        lock(&self.kept).push(Kept::new(hold, &leaves));
         Ok(leaves)
+    }
+
+    /// As [`Build::keep`], and returns the whole tree.
+    pub fn keep_tree(&self, tree: &TreeDigest) -> Result<Tree, Error> {
+        let hold = Hold::take_stored(&self.store, tree)?;
+        let loaded = manifests::load(&self.store, tree)?;
+        lock(&self.kept).push(Kept::new(hold, &loaded.leaves));
+        Ok(loaded)
     }
 
     /// Stores what a reader gives until its end.

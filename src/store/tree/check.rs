@@ -2,6 +2,8 @@
 
 use std::borrow::Cow;
 
+use rayon::prelude::*;
+
 use super::{Leaf, LeafKind, Meta};
 use crate::store::Digest;
 
@@ -123,13 +125,7 @@ pub(super) fn kind(kind: &LeafKind) -> Check {
 
 /// One digest has one size. The digest for which it has not.
 pub(super) fn sizes<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Result<(), Digest> {
-    let mut files: Vec<(&Digest, u64)> = leaves
-        .filter_map(|leaf| match &leaf.kind {
-            LeafKind::File { digest, size } => Some((digest, *size)),
-            _ => None,
-        })
-        .collect();
-    files.sort_unstable();
+    let files = by_digest(leaves);
     match files
         .windows(2)
         .find(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1)
@@ -137,4 +133,21 @@ pub(super) fn sizes<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Result<(), Di
         Some(pair) => Err(*pair[0].0),
         None => Ok(()),
     }
+}
+
+/// Digest and size of every file, sorted by them.
+pub(super) fn by_digest<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Vec<(&'a Digest, u64)> {
+    // With the first bytes at hand, hardly a comparison has to look at the leaves, which are all over the memory.
+    let mut files: Vec<(u64, &Digest, u64)> = leaves
+        .filter_map(Leaf::content)
+        .map(|(digest, size)| (prefix(digest), digest, size))
+        .collect();
+    files.par_sort_unstable();
+    files.into_iter().map(|(_, digest, size)| (digest, size)).collect()
+}
+
+fn prefix(digest: &Digest) -> u64 {
+    let mut bytes = [0; 8];
+    bytes.copy_from_slice(&digest.as_bytes()[..8]);
+    u64::from_be_bytes(bytes)
 }

@@ -1,7 +1,6 @@
 //! Looking into a tree.
 
-use std::collections::HashSet;
-
+use super::check;
 use super::{Dir, DirId, Leaf, LeafId, LeafKind, Node, Tree};
 use crate::store::Digest;
 
@@ -120,12 +119,13 @@ impl Tree {
                 stats.files += 1;
             }
         }
-        let mut seen: HashSet<&Digest> = HashSet::new();
-        for (digest, size) in self.contents() {
+        let mut last = None;
+        for (digest, size) in check::by_digest(self.leaves.iter()) {
             stats.logical = stats.logical.saturating_add(size);
-            if seen.insert(digest) {
+            if last != Some(digest) {
                 stats.distinct = stats.distinct.saturating_add(size);
             }
+            last = Some(digest);
         }
         stats
     }
