@@ -50,7 +50,7 @@ impl Site {
         let store = Store::open(&root, store::Options::default()).expect("a store");
         let layers = Layers::open(store.clone(), layer::Options::default()).expect("layers");
         let trees = [SMALL, MIDDLE, LARGE].map(|files| {
-            let name = RefName::new("local", &format!("files-{files}")).expect("a name");
+            let name = RefName::new("local", format!("files-{files}")).expect("a name");
             let stored = store.get_ref(&name).expect("a ref").and_then(|stored| stored.current);
             (files, stored.expect("a tree").digest)
         });
