@@ -331,13 +331,24 @@ impl Mounted {
         }
     }
 
+    /// Takes the merged view away. A program that another test starts has our descriptors until its exec.
+    fn unmount(&self) {
+        for _ in 0..100 {
+            match rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::empty()) {
+                Err(rustix::io::Errno::BUSY) => std::thread::sleep(std::time::Duration::from_millis(20)),
+                other => return other.unwrap(),
+            }
+        }
+        panic!("{} stays in use", self.path.display());
+    }
+
     /// The snapshot, and the merged view read as a plain folder: they must be equal.
     fn both(&self) -> (Tree, Tree) {
         let build = self.place.store.build().unwrap();
         let snapshot = snapshot(&self.layers, &self.spec.id, &build, &AtomicBool::new(false)).unwrap();
         // Mounted anew: until it is looked up again, a name whose hard link was made after its copy-up shows the inode
         // number of the file below, and groups look torn that are whole.
-        rustix::mount::unmount(&self.path, rustix::mount::UnmountFlags::empty()).unwrap();
+        self.unmount();
         assert!(!self.layers.prepare(&self.spec).unwrap().reused);
         // The layer's own mount lies in the store, which is no source.
         let view = self.place.dir.path().join("view");

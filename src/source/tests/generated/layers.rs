@@ -18,7 +18,7 @@ fn place(disk: &Disk) -> Rc<Place> {
 }
 
 fn remount(layer: &Mounted) {
-    rustix::mount::unmount(&layer.path, rustix::mount::UnmountFlags::empty()).unwrap();
+    layer.unmount();
     assert!(!layer.layers.prepare(&layer.spec).unwrap().reused);
 }
 
