@@ -83,9 +83,13 @@ pub fn path_of(file: usize) -> String {
     format!("folder-{:05}/file-{file:07}", file / FOLDER)
 }
 
-/// Contents of some kilobytes, as a toolchain has them: 256 bytes to 16 KiB.
+/// As large as the files of toolchains are: four of five up to 8 KiB, the others up to 64, and 10 KiB in the mean. (The files
+/// that the store's bench keeps have 14 KiB in the mean.)
 fn content(number: usize) -> Vec<u8> {
-    let length = 256 + number * 7919 % 16_128;
+    let length = match number % 5 {
+        0 => 8192 + number * 7919 % 57_344,
+        _ => 256 + number * 7919 % 7_936,
+    };
     format!("content {number}\n")
         .into_bytes()
         .into_iter()

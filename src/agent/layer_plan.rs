@@ -253,6 +253,11 @@ fn outcome(error: layer::Error) -> Outcome {
             reason: reasons::DISK_FULL,
             message,
         },
+        // There was no room for the image, or for the layer's own file.
+        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Outcome::Failed {
+            reason: reasons::DISK_FULL,
+            message,
+        },
         _ => Outcome::Failed {
             reason: reasons::MOUNT_FAILED,
             message,

@@ -166,7 +166,10 @@ impl From<layer::Error> for Failure {
                     Error::InUse { .. } | Error::Immutable { .. } | Error::Occupied { .. } => Exit::InUse,
                     Error::NotFound { .. } => Exit::NotFound,
                     Error::DataLost { .. } | Error::Record { .. } => Exit::Damaged,
-                    Error::TooSmall { .. } | Error::Shrink { .. } | Error::InvalidId(_) => Exit::Usage,
+                    Error::TooSmall { .. } | Error::Shrink { .. } | Error::InvalidId(_) | Error::ReadOnly { .. } => {
+                        Exit::Usage
+                    }
+                    Error::Io { ref source, .. } if is_full(source) => Exit::Full,
                     _ => Exit::Failed,
                 };
                 Failure::new(exit, error.to_string())

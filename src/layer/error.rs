@@ -47,6 +47,8 @@ pub enum Error {
     TooSmall { id: LayerId, size: u64, least: u64 },
     #[error("layer {id} was made without a limit, and cannot get one")]
     Unlimited { id: LayerId },
+    #[error("layer {id} is read-only: there is nothing that was changed in it")]
+    ReadOnly { id: LayerId },
     #[error("layer {id} is not on this node")]
     NotFound { id: LayerId },
     #[error("layer {id} is not mounted: prepare it first")]

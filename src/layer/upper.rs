@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::error::IoContext;
 use super::lock::relock;
-use super::{Error, Inner, LayerId, LayerRecord, Stage, mountinfo};
+use super::{Error, Inner, LayerId, LayerRecord, Mode, Stage, mountinfo};
 
 /// A prepared layer's upper folder, open for reading. The layer is not released while this lives.
 pub struct Upper {
@@ -20,6 +20,9 @@ impl Upper {
     pub(super) fn open(layers: &Arc<Inner>, id: &LayerId) -> Result<Upper, Error> {
         let paths = layers.paths(id);
         let record = LayerRecord::read(&paths.folder, id)?.ok_or_else(|| Error::NotFound { id: id.clone() })?;
+        if record.mode == Mode::ReadOnly {
+            return Err(Error::ReadOnly { id: id.clone() });
+        }
         let mounts = mountinfo::of_self().context("read", "/proc/self/mountinfo".as_ref())?;
         if record.stage != Stage::Made || !mounts.iter().any(|m| m.point == paths.mount) {
             return Err(Error::NotMounted { id: id.clone() });

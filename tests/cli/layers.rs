@@ -82,6 +82,9 @@ fn a_read_only_mount_shows_the_tree_to_all_and_gives_nobody_a_way_to_write() {
     place.run(&["forget", "t"]).done();
     place.run(&["gc", "--max-age", "0s", "--grace", "0s"]).done();
     assert_eq!(read(&two.join("hello")), "hello\n");
+    place
+        .run(&["snapshot", "one", "--name", "s"])
+        .failed(2, &["is read-only", "nothing that was changed"]);
     place.run(&["umount", "one"]).done();
     assert_eq!(read(&two.join("hello")), "hello\n");
     place.run(&["umount", "two"]).done();

@@ -299,7 +299,7 @@ fn a_cancelled_reading_ends_soon_also_between_large_files() {
     });
     assert!(matches!(cancelled.0, Err(Error::Cancelled)), "{:?}", cancelled.0);
     // All of them are 12.8 GB to hash; one or two are what may still be read.
-    assert!(cancelled.1 < Duration::from_secs(2), "{:?}", cancelled.1);
+    assert!(cancelled.1 < Duration::from_secs(5), "{:?}", cancelled.1);
 }
 
 #[test]

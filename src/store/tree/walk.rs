@@ -130,6 +130,11 @@ impl Tree {
         stats
     }
 
+    /// Digest and size of each file's content, sorted, as often as there are files with it.
+    pub(crate) fn contents_by_digest(&self) -> Vec<(&Digest, u64)> {
+        check::by_digest(self.leaves.iter())
+    }
+
     /// Digest and size of every regular file, repeated where contents are equal; a hard-linked file comes once.
     pub fn contents(&self) -> impl Iterator<Item = (&Digest, u64)> {
         self.leaves.iter().filter_map(Leaf::content)
