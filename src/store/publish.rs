@@ -94,7 +94,7 @@ impl Build {
         let staged_ref = self.path.clone() + "/ref";
         let write_ref = old.as_ref() != Some(&new);
         if write_ref {
-            store.stage_ref(&new, &staged_ref)?;
+            store.stage_ref(&new, &staged_ref, false)?;
         }
         let not_moving = loop {
             self.sync(Step::NamedSync)?;

@@ -336,13 +336,16 @@ impl Inner {
 
     /// Writes a ref's new content to a name in staging; [`Inner::name_ref`] puts it in place. The caller syncs
     /// between the two.
-    pub fn stage_ref(&self, entry: &Ref, staged: &str) -> Result<File, Error> {
+    ///
+    /// With `spare`, where there is no room it is written into the spare file. That is for what makes room, not for a
+    /// publish: it would leave none for dropping history on a disk that is full then.
+    pub fn stage_ref(&self, entry: &Ref, staged: &str, spare: bool) -> Result<File, Error> {
         let text = entry
             .to_json()
             .map_err(|e| Error::io("write", self.path(entry.name.path()), io::Error::from(e)))?;
         match self.write_new([Step::RefCreate, Step::RefWrite], staged, &text) {
             // History must be droppable on a full disk, where dropping it is what makes room.
-            Err(error) if is_full(&error) && self.write_spare(staged, &text)? => self.reopen(staged),
+            Err(error) if spare && is_full(&error) && self.write_spare(staged, &text)? => self.reopen(staged),
             Err(error) => Err(self.write_error(staged, text.len() as u64, error)),
             Ok(file) => Ok(file),
         }
@@ -410,7 +413,7 @@ impl Inner {
             return self.remove_ref(&entry.name);
         }
         let staged = self.staging_name("ref");
-        let written = self.stage_ref(entry, &staged).and_then(|file| {
+        let written = self.stage_ref(entry, &staged, true).and_then(|file| {
             disk::fsync(Step::RefSync, &file).map_err(|e| self.write_error(&staged, 4096, e))?;
             self.name_ref(&entry.name, &staged)?;
             self.sync_namespace(&entry.name)

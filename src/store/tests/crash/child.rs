@@ -52,8 +52,8 @@ pub fn detours() -> Vec<Vec<Struck>> {
     let full = Fault::Fail(Errno::NOSPC);
     vec![
         vec![],
-        // No room for a ref: it is written into the spare file.
-        vec![(Step::RefWrite, 5, full)],
+        // No room for a ref that is retired: it is written into the spare file.
+        vec![(Step::RefWrite, 8, full)],
         vec![(Step::SpareWrite, 1, full)],
         // A blob that cannot be read, and again when it is judged once more: it is quarantined.
         vec![
