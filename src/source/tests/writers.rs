@@ -169,7 +169,8 @@ fn a_snapshot_reads_no_data_of_files_of_which_only_the_metadata_was_changed() {
     let with_one = snapshot_reads(COUNT + COUNT / 4 + 1);
     fs::remove_file(mounted.path.join("new")).unwrap();
     let without = snapshot_reads(COUNT + COUNT / 4);
-    assert!(with_one >= without + 300_000, "{with_one} and {without}");
+    // Give or take what the mounts of other tests add to the list of mounts.
+    assert!(with_one >= without + 250_000, "{with_one} and {without}");
     // The manifest, twice, and the list of mounts.
     assert!(without < SIZE / 4, "{without} bytes");
     let (snapshot, merged) = mounted.both();
