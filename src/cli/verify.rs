@@ -18,6 +18,7 @@ use super::site::Site;
 use super::table::Table;
 use super::text::{counted, human_size, printable, short};
 use crate::api::parse_size;
+use crate::layer::ImageVerification;
 use crate::source::{Origin, Repair, SourceDir, repair};
 use crate::store::{BadBlob, Fault, RefName, Scope, Store, Verification, VerifyOptions, VerifyProgress};
 
@@ -25,6 +26,8 @@ use crate::store::{BadBlob, Fault, RefName, Scope, Store, Verification, VerifyOp
 const ROWS: usize = 50;
 
 /// Read and hash contents, check every manifest and ref, and move damaged contents into quarantine/.
+///
+/// Images of trees, from which layers are mounted, are compared with their trees and replaced where they differ.
 ///
 /// Works beside builds, layers and collections. What is moved away is stored again by the next build that has it, or
 /// by --repair. Ends with 1 if anything is damaged and not repaired.
@@ -82,6 +85,7 @@ struct Output<'a> {
     found: &'a Verification,
     /// With `--repair`, if there was anything to do.
     repair: Option<&'a Repair>,
+    images: &'a ImageVerification,
 }
 
 impl Verify {
@@ -124,15 +128,23 @@ impl Verify {
             true => Some(self.repaired(store, &mut found, from.as_ref(), &cancel)?),
             false => None,
         };
-        let sound = found.is_sound();
+        let images = match found.complete {
+            true => site.layers.verify_images(&cancel)?,
+            false => ImageVerification::default(),
+        };
+        // Also one that was cancelled between the images.
+        found.complete &= !cancel.load(Ordering::Relaxed);
+        let sound = found.is_sound() && images.is_sound();
         if io.is_json() {
             io.json(&Output {
                 sound,
                 found: &found,
                 repair: repaired.as_ref(),
+                images: &images,
             })?;
         } else {
             print(&found, io)?;
+            print_images(&images, io)?;
             if let Some(repaired) = &repaired {
                 print_repair(repaired, io)?;
             }
@@ -145,6 +157,12 @@ impl Verify {
         }
         if sound {
             return Ok(Exit::Done);
+        }
+        if found.is_sound() {
+            let failure = Failure::new(Exit::No, "layers show a damaged image of their tree");
+            return Err(failure.hint(
+                "a right one is in its place: unmount the layers of the tree, and when the last one is gone mount them again",
+            ));
         }
         let failure = Failure::new(Exit::No, "the store is damaged");
         Err(failure.hint(
@@ -287,6 +305,32 @@ fn state(bad: &BadBlob) -> String {
         (_, _, Some(why)) => format!("still there: {why}"),
         _ => "not there".to_owned(),
     }
+}
+
+fn print_images(found: &ImageVerification, io: &mut Io) -> Result<(), Failure> {
+    if found.images > 0 {
+        let right = found.images - found.bad.len() as u64;
+        io.line(&format!(
+            "{} of trees: {right} as they should be",
+            counted(found.images, "image", "images")
+        ))?;
+    }
+    for bad in found.bad.iter().take(ROWS) {
+        let mounted = match bad.mounted {
+            true => ", but it is mounted, and layers show it until the last of them is unmounted",
+            false => "",
+        };
+        let tree = bad.tree.hex();
+        io.line(&format!(
+            "the image of {} was damaged and is replaced{mounted}",
+            short(&tree)
+        ))?;
+    }
+    rest(found.bad.len(), io)?;
+    for problem in found.passed_over.iter().take(ROWS) {
+        io.line(&format!("not compared: {}: {}", problem.path, problem.message))?;
+    }
+    rest(found.passed_over.len(), io)
 }
 
 fn print_repair(repaired: &Repair, io: &mut Io) -> Result<(), Failure> {

@@ -9,7 +9,10 @@ use super::record::sync_folder;
 use super::shared::stem;
 use super::{Error, erofs};
 use crate::store::tree::Record;
-use crate::store::{Store, TreeDigest};
+use crate::store::{Scratch, Store, TreeDigest};
+
+/// Its name until then.
+const TEMPORARY: &str = "image";
 
 /// An image is made by one at a time: the caller sees to it, and holds the tree.
 pub(super) fn ensure(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<File, Error> {
@@ -36,24 +39,79 @@ fn open(path: &Path) -> Result<Option<File>, Error> {
 
 /// Makes the image, in the place of one that is there.
 pub(super) fn make(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<File, Error> {
+    let made = Made::new(store, tree, ids)?;
     let path = path(store, tree, ids);
-    let scratch = store.scratch()?;
-    let temporary = scratch.path().join("image");
-    let image = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&temporary)
-        .context("create", &temporary)?;
-    write(&image, tree, ids, |visit| Ok(store.records(tree, visit)?)).map_err(|error| match error {
-        Error::Io { source, .. } => Error::io("write", &temporary, source),
-        other => other,
-    })?;
-    image.sync_all().context("sync", &temporary)?;
-    fs::rename(&temporary, &path).context("rename to", &path)?;
-    sync_folder(&store.images_dir())?;
+    made.name(store, &path)?;
     // For reading only, as one that was there.
     open(&path)?.ok_or_else(|| Error::io("open", &path, io::ErrorKind::NotFound.into()))
+}
+
+/// Compares an image with what its tree gives, byte by byte, and puts that in its place if it is another. Was it the same?
+pub(super) fn renew(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<bool, Error> {
+    let path = path(store, tree, ids);
+    let Some(image) = open(&path)? else {
+        return Ok(true);
+    };
+    let made = Made::new(store, tree, ids)?;
+    // What cannot be read is not the same.
+    let same = are_same(&image, &made.file).unwrap_or(false);
+    if !same {
+        made.name(store, &path)?;
+    }
+    Ok(same)
+}
+
+fn are_same(one: &File, other: &File) -> io::Result<bool> {
+    use std::os::unix::fs::FileExt;
+    const PART: usize = 1 << 20;
+    let length = one.metadata()?.len();
+    if length != other.metadata()?.len() {
+        return Ok(false);
+    }
+    let (mut part, mut beside) = (vec![0; PART], vec![0; PART]);
+    let mut at = 0;
+    while at < length {
+        let count = (length - at).min(PART as u64) as usize;
+        one.read_exact_at(&mut part[..count], at)?;
+        other.read_exact_at(&mut beside[..count], at)?;
+        if part[..count] != beside[..count] {
+            return Ok(false);
+        }
+        at += count as u64;
+    }
+    Ok(true)
+}
+
+/// An image that has no name yet.
+struct Made {
+    scratch: Scratch,
+    file: File,
+}
+
+impl Made {
+    fn new(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<Made, Error> {
+        let scratch = store.scratch()?;
+        let temporary = scratch.path().join(TEMPORARY);
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&temporary)
+            .context("create", &temporary)?;
+        write(&file, tree, ids, |visit| Ok(store.records(tree, visit)?)).map_err(|error| match error {
+            Error::Io { source, .. } => Error::io("write", &temporary, source),
+            other => other,
+        })?;
+        Ok(Made { scratch, file })
+    }
+
+    /// Gives it its name, durably.
+    fn name(self, store: &Store, path: &Path) -> Result<(), Error> {
+        let temporary = self.scratch.path().join(TEMPORARY);
+        self.file.sync_all().context("sync", &temporary)?;
+        fs::rename(&temporary, path).context("rename to", path)?;
+        sync_folder(&store.images_dir())
+    }
 }
 
 /// Writes a tree's image from the records that `all` goes through.

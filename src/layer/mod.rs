@@ -42,11 +42,13 @@ mod road;
 mod shared;
 mod upper;
 mod used;
+mod verify;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -57,6 +59,7 @@ pub(crate) use lower::{own, unescape};
 pub use record::{LayerId, LayerOwner, LayerRecord, Lost, Mode, OwnerKind, Stage};
 pub use road::{Found, Road};
 pub use upper::Upper;
+pub use verify::{BadImage, ImageVerification};
 
 use crate::store::{Held, Hold, Holders, Problem, Store, TreeDigest};
 
@@ -234,6 +237,14 @@ impl Layers {
     /// this process has looked. Returns how many mounts went. Until then, the tree is in use for a collection.
     pub fn unmount_unused(&self, for_at_least: Duration) -> Result<usize, Error> {
         self.0.unmount_unused(for_at_least)
+    }
+
+    /// Compares every image of a tree with what the tree gives, byte by byte, and replaces those that differ. Takes about
+    /// as long as making them; layers that are prepared meanwhile wait for the image of their tree only.
+    ///
+    /// After `cancel` is set it ends after the image under way. Copies of trees (the road [`Road::Copy`]) are not compared.
+    pub fn verify_images(&self, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
+        self.0.verify_images(cancel)
     }
 
     /// As [`list`], of this store.

@@ -47,6 +47,20 @@ pub(super) fn tree_of(stem: &str) -> Option<TreeDigest> {
     format!("sha256:{}", stem.get(..64)?).parse().ok()
 }
 
+/// The tree and the owner that a whole such name stands for.
+pub(super) fn parts_of(name: &str) -> Option<(TreeDigest, Option<(u32, u32)>)> {
+    let tree = tree_of(name)?;
+    let ids = match name.get(64..)? {
+        "" => None,
+        variant => {
+            let (uid, gid) = variant.strip_prefix("-u")?.split_once("-g")?;
+            Some((uid.parse().ok()?, gid.parse().ok()?))
+        }
+    };
+    // Numbers can be written in several ways; one of them is ours.
+    (stem(&tree, ids) == name).then_some((tree, ids))
+}
+
 impl Inner {
     /// Makes a tree ready to be a lower layer. The caller's record of the layer, which is written already, keeps it so.
     pub(super) fn lower(&self, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<Lower, Error> {
@@ -186,4 +200,32 @@ fn make_below(mounts: &Path, folder: &str, name: &str) -> Result<(), Error> {
     let folder = mounts.join(folder);
     make_private(&folder)?;
     make_private(&folder.join(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_stands_for_the_tree_and_owner_that_it_was_made_of() {
+        let tree = TreeDigest::from_bytes([0xab; 32]);
+        for ids in [None, Some((0, 0)), Some((70_000, u32::MAX))] {
+            assert_eq!(parts_of(&stem(&tree, ids)), Some((tree, ids)));
+        }
+        let hex = tree.hex();
+        for name in [
+            "",
+            "-u1",
+            "-u1-g",
+            "-u01-g1",
+            "-u+1-g1",
+            "-u1-g4294967296",
+            "-u1-g1-",
+            "x",
+        ] {
+            assert_eq!(parts_of(&format!("{hex}{name}")), None, "{name}");
+        }
+        assert_eq!(parts_of(&hex.to_uppercase()), None);
+        assert_eq!(parts_of("é"), None);
+    }
 }

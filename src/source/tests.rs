@@ -1,6 +1,5 @@
 //! Awkward folders, and layers against their merged view. Needs root: it makes devices, owners and mounts.
 
-mod cost;
 mod edges;
 mod generated;
 mod layers;

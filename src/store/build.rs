@@ -61,17 +61,27 @@ pub struct Build {
 /// A tree whose contents may be named by the tree under way.
 pub(super) struct Kept {
     _hold: Hold,
-    /// Of all its contents, sorted.
+    /// Of all its files; sorted, and each once, when they are needed first: other work is done beside that.
     digests: Vec<Digest>,
+    is_sorted: bool,
 }
 
 impl Kept {
     fn new(hold: Hold, leaves: &[Leaf]) -> Kept {
         let contents = leaves.iter().filter_map(Leaf::content);
-        let mut digests: Vec<Digest> = contents.map(|(digest, _)| *digest).collect();
-        digests.par_sort_unstable();
-        digests.dedup();
-        Kept { _hold: hold, digests }
+        Kept {
+            _hold: hold,
+            digests: contents.map(|(digest, _)| *digest).collect(),
+            is_sorted: false,
+        }
+    }
+
+    /// Call before [`Kept::names`].
+    pub fn sort(&mut self) {
+        if !std::mem::replace(&mut self.is_sorted, true) {
+            self.digests.par_sort_unstable();
+            self.digests.dedup();
+        }
     }
 
     pub fn names(&self, digest: &Digest) -> bool {

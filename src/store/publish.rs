@@ -53,12 +53,17 @@ impl Build {
         let store = self.store.clone();
         let mut moved = *store.not_moving();
         let manifest = self.path.clone() + "/manifest";
-        let (leased, staged) = rayon::join(
-            || self.lease_contents(tree),
-            || (self.stage_manifest(tree, &manifest), tree.stats()),
+        let (looked, staged) = rayon::join(
+            || -> Result<_, Error> {
+                let contents = tree.contents_by_digest();
+                Tree::check_sizes(&contents)?;
+                let stats = tree.stats_with(&contents);
+                self.lease_contents(contents)?;
+                Ok(stats)
+            },
+            || self.stage_manifest(tree, &manifest),
         );
-        leased?;
-        let (digest, stats) = (staged.0?, staged.1);
+        let (stats, digest) = (looked?, staged?);
         // From here no collection drops the manifest, be it new or old.
         let _hold = Hold::take(&store, &digest, || Ok::<_, Error>(()))?;
         let keep_manifest = manifests::verify(&store, &digest).is_ok();
@@ -106,7 +111,7 @@ impl Build {
             // One was, perhaps of this tree: then it is missing, or another build has stored it again meanwhile.
             moved = *now;
             drop(now);
-            self.lease_contents(tree)?;
+            self.lease_contents(tree.contents_by_digest())?;
         };
 
         if !keep_manifest {
@@ -137,9 +142,10 @@ impl Build {
         }
     }
 
-    /// Makes sure that every content is there, and stays.
-    fn lease_contents(&self, tree: &Tree) -> Result<(), Error> {
-        let kept = lock(&self.kept);
+    /// Makes sure that every content (sorted) is there, and stays.
+    fn lease_contents(&self, mut contents: Vec<(&Digest, u64)>) -> Result<(), Error> {
+        let mut kept = lock(&self.kept);
+        kept.iter_mut().for_each(Kept::sort);
         let kept: &[Kept] = &kept;
         let lease = |&(digest, expected): &(&Digest, u64)| {
             let leased = lock(self.leases.table(digest)).get(digest).map(|leased| leased.size);
@@ -160,7 +166,6 @@ impl Build {
         };
         // Nearly all of a large tree that has hardly changed is only looked at: what takes time are the lookups. Sorted,
         // each content is looked up once, and those of a folder one after the other.
-        let mut contents = tree.contents_by_digest();
         contents.dedup();
         contents.par_iter().try_for_each(lease)
     }
@@ -172,7 +177,7 @@ impl Build {
         let file = disk::create(Step::ManifestCreate, &store.dir, path, flags, 0o400);
         let file = file.map_err(|e| store.write_error(path, 4096, e))?;
         let mut out = BufWriter::new(disk::Writer::new(Step::ManifestWrite, file));
-        let digest = match tree.encode(&mut out) {
+        let digest = match tree.encode_but_sizes(&mut out) {
             Ok(digest) => digest,
             Err(EncodeError::Invalid(invalid)) => return Err(invalid.into()),
             Err(EncodeError::Io(error)) => return Err(store.write_error(path, 1 << 16, error)),

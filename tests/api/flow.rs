@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
-use larder::api::conditions::{STALLED, is_true};
+use larder::api::conditions::{NEARLY_FULL, STALLED, find, is_true};
 use larder::api::{CasManifest, RetentionPolicy};
 use serde_json::json;
 
@@ -100,6 +100,66 @@ async fn a_layer_is_changed_and_its_snapshot_is_a_tree_that_stays() {
     let after = site.manifest_says("snap", "True", "Stored").await.status.unwrap();
     assert_eq!(after.digest, snap.digest, "a snapshot stays when its layer goes");
     site.check_store();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_layer_that_fills_up_says_so_and_takes_it_back() {
+    let site = Site::start("nearly-full").await;
+    write_files(&site.source("base"), 3, "nearly full");
+    site.create_manifest("base", json!({})).await;
+    site.create_layer("work", "base", json!({"mode": "Tmpfs", "sizeLimit": "16Mi"}))
+        .await;
+    let status = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    let large = std::path::PathBuf::from(status.path.unwrap()).join("large");
+    let layers = site.layers().await;
+    let says = async |full: bool| {
+        // The agent looks twice a minute.
+        eventually(PATIENCE * 2, &format!("nearly full: {full}"), async || {
+            let status = layers.get("work").await.unwrap().status.unwrap_or_default();
+            let condition = find(&status.conditions, NEARLY_FULL).cloned();
+            match condition.as_ref().is_some_and(|condition| condition.status == "True") == full {
+                true => Ok((condition, status)),
+                false => Err(format!("{:?}", status.conditions)),
+            }
+        })
+        .await
+    };
+
+    std::fs::write(&large, vec![1u8; 15 << 20]).unwrap();
+    let (condition, status) = says(true).await;
+    let message = condition.unwrap().message;
+    assert!(message.contains("16.0Mi") || message.contains("16Mi"), "{message}");
+    assert!(status.used_bytes >= Some(15 << 20), "{:?}", status.used_bytes);
+    let ready = find(&status.conditions, "Ready").unwrap();
+    assert_eq!(ready.status, "True", "it can be used all the same");
+    let events = eventually(PATIENCE, "the event", async || {
+        let columns = "custom-columns=TYPE:.type,REASON:.reason,NAME:.regarding.name";
+        let shown = [
+            "get",
+            "events.v1.events.k8s.io",
+            "-n",
+            &site.namespace,
+            "-o",
+            columns,
+            "--no-headers",
+        ];
+        let shown = site.cluster.kubectl_ok(shown);
+        let ours: Vec<String> = shown
+            .lines()
+            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect();
+        match ours.iter().any(|line| line == "Warning SpaceUsed work") {
+            true => Ok(ours),
+            false => Err(shown),
+        }
+    })
+    .await;
+    let said = events.iter().filter(|line| *line == "Warning SpaceUsed work").count();
+    assert_eq!(said, 1, "{events:?}");
+
+    std::fs::remove_file(&large).unwrap();
+    says(false).await;
+    site.delete_layer("work").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -22,6 +22,8 @@
 
 mod dirs;
 mod out;
+#[cfg(test)]
+mod tests;
 mod xattrs;
 
 use std::collections::HashMap;

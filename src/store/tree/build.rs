@@ -1,6 +1,7 @@
 //! Making a tree.
 
-use super::{Dir, DirId, Entry, InvalidTree, Leaf, LeafId, Meta, Node, Tree};
+use super::order::{Met, in_order};
+use super::{Dir, DirId, Entry, InvalidTree, Leaf, LeafId, Meta, Node, Tree, check};
 
 const NONE: u32 = u32::MAX;
 
@@ -76,53 +77,30 @@ impl Tree {
         for leaf in &mut self.leaves {
             leaf.meta.xattrs.sort_unstable();
         }
-        // Finds cycles too, which the renumbering below would not survive.
-        self.digest()?;
-        Ok(self.renumbered())
-    }
-
-    /// The tree with its arenas in pre-order. Only for a tree that has been checked.
-    fn renumbered(mut self) -> (Tree, Vec<u32>) {
-        let mut tree = Tree {
-            dirs: Vec::with_capacity(self.dirs.len()),
-            leaves: std::mem::take(&mut self.leaves),
-        };
-        let mut leaf_ids = vec![NONE; tree.leaves.len()];
-        let mut order = Vec::with_capacity(tree.leaves.len());
-        // (new number of the folder, entry to look at next)
-        let mut stack: Vec<(u32, usize)> = Vec::new();
-        if let Some(root) = self.dirs.first_mut() {
-            tree.dirs.push(take(root));
-            stack.push((0, 0));
+        let (mut dirs, mut leaves) = (vec![0], Vec::with_capacity(self.leaves.len()));
+        let ordinals = in_order(&self, |met| {
+            match met {
+                Met::Dir { id, .. } => dirs.push(id.0),
+                Met::Leaf { id, .. } => leaves.push(id.0),
+                Met::Root { .. } | Met::Link { .. } => {}
+            }
+            Ok::<_, InvalidTree>(())
+        })?;
+        let mut numbers = vec![NONE; self.dirs.len()];
+        for (new, old) in dirs.iter().enumerate() {
+            numbers[*old as usize] = new as u32;
         }
-        while let Some((dir, index)) = stack.last_mut() {
-            let (dir, at) = (*dir as usize, *index);
-            *index += 1;
-            let Some(node) = tree.dirs[dir].entries.get(at).map(|entry| entry.node) else {
-                stack.pop();
-                continue;
+        reorder(&mut self.dirs, &dirs);
+        reorder(&mut self.leaves, &leaves);
+        for entry in self.dirs.iter_mut().flat_map(|dir| &mut dir.entries) {
+            entry.node = match entry.node {
+                Node::Dir(old) => Node::Dir(DirId(numbers[old.0 as usize])),
+                // What a folder with a name names has one.
+                Node::Leaf(old) => Node::Leaf(LeafId(ordinals[old.0 as usize].unwrap_or(NONE))),
             };
-            let renamed = match node {
-                Node::Dir(old) => {
-                    let new = tree.dirs.len() as u32;
-                    let moved = take(&mut self.dirs[old.0 as usize]);
-                    tree.dirs.push(moved);
-                    stack.push((new, 0));
-                    Node::Dir(DirId(new))
-                }
-                Node::Leaf(old) => {
-                    let old = old.0 as usize;
-                    if leaf_ids[old] == NONE {
-                        leaf_ids[old] = order.len() as u32;
-                        order.push(old as u32);
-                    }
-                    Node::Leaf(LeafId(leaf_ids[old]))
-                }
-            };
-            tree.dirs[dir].entries[at].node = renamed;
         }
-        reorder(&mut tree.leaves, &order);
-        (tree, order)
+        check::sizes(&check::by_digest(self.leaves.iter()))?;
+        Ok((self, leaves))
     }
 }
 
@@ -148,13 +126,6 @@ pub(crate) fn reorder<T>(items: &mut Vec<T>, order: &[u32]) {
         }
     }
     items.truncate(order.len());
-}
-
-fn take(dir: &mut Dir) -> Dir {
-    Dir {
-        meta: std::mem::take(&mut dir.meta),
-        entries: std::mem::take(&mut dir.entries),
-    }
 }
 
 fn next(count: usize, name: &[u8]) -> Result<u32, InvalidTree> {

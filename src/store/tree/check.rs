@@ -123,15 +123,24 @@ pub(super) fn kind(kind: &LeafKind) -> Check {
     Ok(())
 }
 
-/// One digest has one size. The digest for which it has not.
-pub(super) fn sizes<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Result<(), Digest> {
-    let files = by_digest(leaves);
-    match files
+/// One digest has one size. Takes what [`by_digest`] gives.
+pub(super) fn sizes(contents: &[(&Digest, u64)]) -> Result<(), TwoSizes> {
+    match contents
         .windows(2)
         .find(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1)
     {
-        Some(pair) => Err(*pair[0].0),
+        Some(pair) => Err(TwoSizes(*pair[0].0)),
         None => Ok(()),
+    }
+}
+
+/// The digest that has two.
+#[derive(Debug)]
+pub(super) struct TwoSizes(pub Digest);
+
+impl From<TwoSizes> for InvalidTree {
+    fn from(TwoSizes(digest): TwoSizes) -> InvalidTree {
+        InvalidTree::new(*b"", format!("{digest} has two different sizes"))
     }
 }
 

@@ -13,6 +13,7 @@ mod check;
 mod diff;
 #[cfg(test)]
 mod golden;
+mod order;
 mod read;
 #[cfg(test)]
 mod tests;

@@ -312,7 +312,7 @@ impl Tree {
                 tree.dirs[parent.0 as usize].entries.push(Entry { name, node });
             }
         }
-        check::sizes(tree.leaves.iter()).map_err(FormatError::Sizes)?;
+        check::sizes(&check::by_digest(tree.leaves.iter())).map_err(|two| FormatError::Sizes(two.0))?;
         Ok(tree)
     }
 }

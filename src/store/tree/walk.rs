@@ -1,7 +1,7 @@
 //! Looking into a tree.
 
 use super::check;
-use super::{Dir, DirId, Leaf, LeafId, LeafKind, Node, Tree};
+use super::{Dir, DirId, InvalidTree, Leaf, LeafId, LeafKind, Node, Tree};
 use crate::store::Digest;
 
 /// Counts and sizes of a tree.
@@ -110,6 +110,11 @@ impl Tree {
 
     /// Counts and sizes. The tree must be a finished, decoded or loaded one.
     pub fn stats(&self) -> Stats {
+        self.stats_with(&self.contents_by_digest())
+    }
+
+    /// As [`Tree::stats`], with what [`Tree::contents_by_digest`] gives.
+    pub(crate) fn stats_with(&self, contents: &[(&Digest, u64)]) -> Stats {
         let mut stats = Stats::default();
         for entry in self.dirs.iter().flat_map(|dir| &dir.entries) {
             stats.entries += 1;
@@ -120,10 +125,10 @@ impl Tree {
             }
         }
         let mut last = None;
-        for (digest, size) in check::by_digest(self.leaves.iter()) {
-            stats.logical = stats.logical.saturating_add(size);
+        for (digest, size) in contents {
+            stats.logical = stats.logical.saturating_add(*size);
             if last != Some(digest) {
-                stats.distinct = stats.distinct.saturating_add(size);
+                stats.distinct = stats.distinct.saturating_add(*size);
             }
             last = Some(digest);
         }
@@ -133,6 +138,11 @@ impl Tree {
     /// Digest and size of each file's content, sorted, as often as there are files with it.
     pub(crate) fn contents_by_digest(&self) -> Vec<(&Digest, u64)> {
         check::by_digest(self.leaves.iter())
+    }
+
+    /// Fails if a digest has two sizes, in what [`Tree::contents_by_digest`] gives.
+    pub(crate) fn check_sizes(contents: &[(&Digest, u64)]) -> Result<(), InvalidTree> {
+        Ok(check::sizes(contents)?)
     }
 
     /// Digest and size of every regular file, repeated where contents are equal; a hard-linked file comes once.

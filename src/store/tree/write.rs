@@ -4,7 +4,8 @@ use std::io::{self, Write};
 
 use sha2::{Digest as _, Sha256};
 
-use super::{DirId, InvalidTree, Leaf, LeafKind, Meta, Node, Tree, check};
+use super::order::{Met, in_order};
+use super::{InvalidTree, Leaf, LeafKind, Meta, Tree, check};
 use crate::store::TreeDigest;
 
 /// The first seven bytes of every manifest.
@@ -52,7 +53,6 @@ pub enum EncodeError {
     Io(#[from] io::Error),
 }
 
-const UNSEEN: u32 = u32::MAX;
 const FLUSH_AT: usize = 1 << 16;
 
 impl Tree {
@@ -61,15 +61,34 @@ impl Tree {
     ///
     /// Fails if the tree is not valid (a bad or unsorted name, a folder with two names, …) or `out` fails.
     pub fn encode(&self, out: &mut dyn Write) -> Result<TreeDigest, EncodeError> {
+        let (digest, ordinals) = self.write(out)?;
+        let reached = self
+            .leaves
+            .iter()
+            .zip(&ordinals)
+            .filter(|(_, ordinal)| ordinal.is_some());
+        check::sizes(&check::by_digest(reached.map(|(leaf, _)| leaf))).map_err(InvalidTree::from)?;
+        Ok(digest)
+    }
+
+    /// As [`Tree::encode`], but does not check that each digest has one size. For a tree of which all leaves have names,
+    /// whose caller does.
+    pub(crate) fn encode_but_sizes(&self, out: &mut dyn Write) -> Result<TreeDigest, EncodeError> {
+        Ok(self.write(out)?.0)
+    }
+
+    fn write(&self, out: &mut dyn Write) -> Result<(TreeDigest, Vec<Option<u32>>), EncodeError> {
         let mut writer = Writer {
             out,
             buffer: Vec::with_capacity(FLUSH_AT + 4096),
             hash: Sha256::new(),
             before: Before::default(),
         };
-        writer.tree(self)?;
+        writer.buffer.extend_from_slice(MAGIC);
+        writer.buffer.push(VERSION);
+        let ordinals = in_order(self, |met| writer.met(&met))?;
         writer.flush()?;
-        Ok(TreeDigest::from_bytes(writer.hash.finalize().into()))
+        Ok((TreeDigest::from_bytes(writer.hash.finalize().into()), ordinals))
     }
 
     /// The digest alone. Fails if the tree is not valid.
@@ -90,85 +109,31 @@ struct Writer<'a> {
     before: Before,
 }
 
-/// A folder that is being written: which, and how many of its entries are.
-struct Open {
-    dir: DirId,
-    done: usize,
-}
-
 impl Writer<'_> {
-    fn tree(&mut self, tree: &Tree) -> Result<(), EncodeError> {
-        let root = tree
-            .dirs
-            .first()
-            .ok_or_else(|| InvalidTree::new(*b"", "there is no root folder"))?;
-        let mut dirs_seen = vec![false; tree.dirs.len()];
-        let mut ordinals = vec![UNSEEN; tree.leaves.len()];
-        let mut leaves = 0u32;
-
-        self.buffer.extend_from_slice(MAGIC);
-        self.buffer.push(VERSION);
-        check::meta(&root.meta).map_err(|what| InvalidTree::new(*b"", what))?;
-        self.inode(kind::DIR, &root.meta);
-        self.varint(root.entries.len() as u64);
-        dirs_seen[0] = true;
-
-        let mut stack = vec![Open { dir: DirId(0), done: 0 }];
-        while let Some(open) = stack.last_mut() {
-            let entries = &tree.dirs[open.dir.0 as usize].entries;
-            let Some(entry) = entries.get(open.done) else {
-                stack.pop();
-                continue;
-            };
-            let previous = open.done.checked_sub(1).map(|i| &entries[i].name);
-            let sorted = previous.is_none_or(|name| **name < *entry.name);
-            open.done += 1;
-            let invalid = |stack: &[Open], what: &'static str| InvalidTree::new(path(tree, stack), what);
-
-            check::name(&entry.name).map_err(|what| invalid(&stack, what))?;
-            if !sorted {
-                return Err(invalid(&stack, "the names are not sorted by their bytes, or one is there twice").into());
+    fn met(&mut self, met: &Met<'_>) -> Result<(), EncodeError> {
+        match met {
+            Met::Root { dir } => {
+                self.inode(kind::DIR, &dir.meta);
+                self.varint(dir.entries.len() as u64);
             }
-            self.bytes(&entry.name);
-            match entry.node {
-                Node::Dir(id) => {
-                    let (Some(dir), Some(seen)) = (tree.dirs.get(id.0 as usize), dirs_seen.get_mut(id.0 as usize))
-                    else {
-                        return Err(invalid(&stack, "the entry stands for a folder that does not exist").into());
-                    };
-                    if std::mem::replace(seen, true) {
-                        return Err(invalid(&stack, "the folder has two names").into());
-                    }
-                    check::meta(&dir.meta).map_err(|what| invalid(&stack, what))?;
-                    self.inode(kind::DIR, &dir.meta);
-                    self.varint(dir.entries.len() as u64);
-                    stack.push(Open { dir: id, done: 0 });
-                }
-                Node::Leaf(id) => {
-                    let (Some(leaf), Some(ordinal)) = (tree.leaves.get(id.0 as usize), ordinals.get_mut(id.0 as usize))
-                    else {
-                        return Err(invalid(&stack, "the entry stands for a leaf that does not exist").into());
-                    };
-                    if *ordinal == UNSEEN {
-                        check::meta(&leaf.meta).map_err(|what| invalid(&stack, what))?;
-                        check::kind(&leaf.kind).map_err(|what| invalid(&stack, what))?;
-                        *ordinal = leaves;
-                        leaves += 1;
-                        self.leaf(leaf);
-                    } else {
-                        self.buffer.push(kind::LINK);
-                        let ordinal = *ordinal;
-                        self.varint(u64::from(ordinal));
-                    }
-                }
+            Met::Dir { name, dir, .. } => {
+                self.bytes(name);
+                self.inode(kind::DIR, &dir.meta);
+                self.varint(dir.entries.len() as u64);
             }
-            if self.buffer.len() >= FLUSH_AT {
-                self.flush()?;
+            Met::Leaf { name, leaf, .. } => {
+                self.bytes(name);
+                self.leaf(leaf);
+            }
+            Met::Link { name, ordinal } => {
+                self.bytes(name);
+                self.buffer.push(kind::LINK);
+                self.varint(u64::from(*ordinal));
             }
         }
-        let seen = tree.leaves.iter().zip(&ordinals);
-        check::sizes(seen.filter(|(_, ordinal)| **ordinal != UNSEEN).map(|(leaf, _)| leaf))
-            .map_err(|digest| InvalidTree::new(*b"", format!("{digest} has two different sizes")))?;
+        if self.buffer.len() >= FLUSH_AT {
+            self.flush()?;
+        }
         Ok(())
     }
 
@@ -265,12 +230,4 @@ impl Writer<'_> {
 /// Small numbers of either sign become small unsigned ones: 0, -1, 1, -2 … → 0, 1, 2, 3 …
 fn zigzag(value: i64) -> u64 {
     ((value << 1) ^ (value >> 63)) as u64
-}
-
-/// The path of the entry that was read last, for a message.
-fn path(tree: &Tree, stack: &[Open]) -> Vec<u8> {
-    let names = stack
-        .iter()
-        .filter_map(|open| tree.dirs[open.dir.0 as usize].entries.get(open.done.wrapping_sub(1)));
-    names.map(|entry| &*entry.name).collect::<Vec<_>>().join(&b'/')
 }

@@ -1,6 +1,8 @@
 //! Images of generated folders, as the kernel shows them with the store's contents behind them, compared by the eye of
 //! its own with what was made; and as `fsck.erofs` finds them.
 
+use std::os::unix::fs::FileExt;
+
 use super::*;
 use crate::layer::{LayerId, Mode, Road};
 
@@ -151,6 +153,60 @@ fn an_image_that_is_not_whole_or_not_one_is_made_again() {
         images.show(&tree, None, |path| assert_alike(&made, &look(path), "mended"));
         assert!(fs::read(&path).unwrap() == whole);
     }
+}
+
+#[test]
+fn a_verification_finds_any_byte_of_an_image_that_is_another() {
+    let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
+    let source = images.source();
+    for number in 0..200 {
+        fs::write(source.join(format!("file-{number}")), number.to_string()).unwrap();
+    }
+    let made = look(&source);
+    let tree = take(&images.store, &source).digest().unwrap();
+    images.show(&tree, None, |_| {});
+    let whole = fs::read(images.image()).unwrap();
+    let (path, cancel) = (images.image(), AtomicBool::new(false));
+    let verify = || images.layers.verify_images(&cancel).unwrap();
+    let sound = layer::ImageVerification {
+        images: 1,
+        ..Default::default()
+    };
+    assert_eq!(verify(), sound);
+    let mut rng = StdRng::seed_from_u64(7);
+    for _ in 0..20 {
+        let mut damaged = whole.clone();
+        let at = rng.random_range(0..whole.len());
+        damaged[at] ^= 1 << rng.random_range(0..8);
+        fs::write(&path, damaged).unwrap();
+        let found = verify();
+        let bad = layer::BadImage {
+            path: path.clone(),
+            tree,
+            mounted: false,
+        };
+        assert_eq!((found.images, &found.bad[..]), (1, &[bad][..]), "byte {at}");
+        assert!(found.is_sound() && fs::read(&path).unwrap() == whole);
+    }
+    fs::write(&path, [&whole[..], b"more"].concat()).unwrap();
+    assert_eq!(verify().bad.len(), 1);
+    // Mounted, and then damaged below the mount: the mount goes on with what it has, and that is said.
+    images.show(&tree, None, |shown| {
+        let file = fs::File::options().write(true).open(&path).unwrap();
+        file.write_all_at(&[0xff], whole.len() as u64 - 1).unwrap();
+        let found = verify();
+        assert!(found.bad[0].mounted && !found.is_sound());
+        assert!(fs::read(&path).unwrap() == whole);
+        assert_eq!(verify(), sound);
+        let _ = look(shown);
+    });
+    images.show(&tree, None, |path| assert_alike(&made, &look(path), "mended"));
+    // Without its manifest nobody knows what it should be.
+    let manifest = images.store.root().join("manifests").join(tree.hex());
+    fs::remove_file(manifest).unwrap();
+    let found = verify();
+    assert_eq!((found.images, found.passed_over.len()), (0, 1), "{found:?}");
+    assert!(found.passed_over[0].message.contains(&tree.to_string()), "{found:?}");
 }
 
 #[test]

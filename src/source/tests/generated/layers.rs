@@ -71,11 +71,21 @@ fn look_into(upper: &Path, met: &mut Met) {
 
 /// Sequences of operations by these seeds, each over a base of its own; `deep` layers upon each other. Tells what was
 /// in the upper folders.
-fn sequences(seeds: impl Iterator<Item = u64>, mode: layer::Mode, operations: u32, deep: u32) -> Met {
+fn sequences(
+    seeds: impl Iterator<Item = u64>,
+    road: Option<layer::Road>,
+    mode: layer::Mode,
+    operations: u32,
+    deep: u32,
+) -> Met {
     let mut met = Met::new();
     let disk = Disk::new("ext4", 256, &["-m0", "-b4096", "-N60000"]);
     let place = place(&disk);
-    let layers = Layers::open(place.store.clone(), layer::Options::default()).unwrap();
+    let options = layer::Options {
+        road,
+        ..layer::Options::default()
+    };
+    let layers = Layers::open(place.store.clone(), options).unwrap();
     for seed in seeds {
         let rng = &mut StdRng::seed_from_u64(seed);
         Writer::fill(&place.source, rng);
@@ -95,7 +105,7 @@ fn sequences(seeds: impl Iterator<Item = u64>, mode: layer::Mode, operations: u3
         }
         remove_all(&place.source).unwrap();
         fs::create_dir(&place.source).unwrap();
-        // The copies of the trees.
+        // The images, or copies, of the trees.
         for copy in fs::read_dir(place.store.images_dir()).unwrap() {
             remove_all(&copy.unwrap().path()).unwrap();
         }
@@ -110,7 +120,7 @@ fn seeds(usual: u64) -> impl Iterator<Item = u64> {
 
 #[test]
 fn a_snapshot_is_what_a_layer_in_memory_shows_after_any_operations() {
-    let met = sequences(seeds(200), layer::Mode::Tmpfs, 60, 1);
+    let met = sequences(seeds(200), None, layer::Mode::Tmpfs, 60, 1);
     // All that there is to be resolved was there.
     eprintln!("{met:?}");
     assert!(met.len() == 11 && met.values().all(|count| *count >= 10), "{met:?}");
@@ -118,10 +128,18 @@ fn a_snapshot_is_what_a_layer_in_memory_shows_after_any_operations() {
 
 #[test]
 fn a_snapshot_is_what_a_layer_on_disk_shows_after_any_operations() {
-    sequences(seeds(10), layer::Mode::Overlay, 150, 1);
+    sequences(seeds(10), None, layer::Mode::Overlay, 150, 1);
 }
 
 #[test]
 fn layers_ten_deep_show_what_was_done_in_all_of_them() {
-    sequences(seeds(4), layer::Mode::Tmpfs, 40, 10);
+    sequences(seeds(4), None, layer::Mode::Tmpfs, 40, 10);
+}
+
+#[test]
+fn a_snapshot_is_what_a_layer_shows_on_the_other_roads_too() {
+    for road in [layer::Road::Paths, layer::Road::Copy] {
+        sequences(seeds(20), Some(road), layer::Mode::Tmpfs, 60, 2);
+        sequences(seeds(2), Some(road), layer::Mode::Overlay, 60, 1);
+    }
 }

@@ -1,0 +1,87 @@
+//! Are the images of trees what their trees give? One that is not is replaced: it is a cache, and can be made again.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+
+use super::error::IoContext;
+use super::life::{read_mounts, top};
+use super::shared::{IMAGES, parts_of};
+use super::{Error, Inner, image};
+use crate::store::{Problem, TreeDigest};
+
+/// What was found of the images.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ImageVerification {
+    /// How many were compared.
+    pub images: u64,
+    /// Those that were other ones than their trees give. Right ones are in their places.
+    pub bad: Vec<BadImage>,
+    /// Those that could not be compared, with why: their trees' manifests are damaged, or there is no room on the disk.
+    pub passed_over: Vec<Problem>,
+}
+
+/// An image that was not what its tree gives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct BadImage {
+    pub path: PathBuf,
+    pub tree: TreeDigest,
+    /// The damaged one is mounted, and stays so until no layer stands on it: what layers of the tree show may be wrong.
+    pub mounted: bool,
+}
+
+impl ImageVerification {
+    /// Does nothing show a damaged image any more?
+    pub fn is_sound(&self) -> bool {
+        self.bad.iter().all(|bad| !bad.mounted)
+    }
+}
+
+impl Inner {
+    pub(super) fn verify_images(&self, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
+        let folder = self.store.images_dir();
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&folder).context("list", &folder)? {
+            let name = entry.context("list", &folder)?.file_name();
+            let stem = name.to_str().and_then(|name| name.strip_suffix(".erofs"));
+            if let Some((stem, (tree, ids))) = stem.and_then(|stem| Some((stem, parts_of(stem)?))) {
+                names.push((stem.to_owned(), tree, ids));
+            }
+        }
+        names.sort();
+        let mut found = ImageVerification::default();
+        for (stem, tree, ids) in names {
+            if cancel.load(Ordering::Relaxed) {
+                break;
+            }
+            self.trees.with(&stem, || -> Result<(), Error> {
+                let path = image::path(&self.store, &tree, ids);
+                let compared = || -> Result<bool, Error> {
+                    // No collection takes the image meanwhile.
+                    let _hold = self.store.hold(&tree)?;
+                    image::renew(&self.store, &tree, ids)
+                };
+                match compared() {
+                    Ok(true) => found.images += 1,
+                    Ok(false) => {
+                        found.images += 1;
+                        let point = self.root.join("mnt").join(IMAGES).join(&stem);
+                        let mounted = top(&read_mounts()?, &point).is_some();
+                        found.bad.push(BadImage { path, tree, mounted });
+                    }
+                    // A tree without a whole manifest, a disk without room: what was found besides is told all the same.
+                    Err(error) => found.passed_over.push(Problem {
+                        path: path.display().to_string(),
+                        message: error.to_string(),
+                    }),
+                }
+                Ok(())
+            })?;
+        }
+        Ok(found)
+    }
+}
