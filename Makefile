@@ -46,7 +46,7 @@ bench: setup tools ## Times and memory against goals; ONLY=ready, store or layer
 
 .PHONY: soak
 soak: setup tools ## The long forms of the tests, for the night
-	LARDER_SOAK=1 cargo test --release --locked
+	LARDER_SOAK=1 cargo test --release --locked --no-fail-fast
 
 .PHONY: fuzz
 fuzz: ## Each fuzz target for SECONDS=60, or those of ONLY="size ref"

@@ -41,7 +41,8 @@ pub const INPUTS: [Input; 12] = [
     input("node", node, 200, 512 * KIB),
     input("layer", layer, 100, 64 * KIB),
     input("note", note, 16, 64 * KIB),
-    input("names", names, 24, 64 * KIB),
+    // Two bytes are a name of one letter: a string and its bytes, in a vector that grows by doubling.
+    input("names", names, 64, 64 * KIB),
     input("size", size, 8, 64 * KIB),
     input("duration", duration, 16, 64 * KIB),
     // Zones of the built-in database are read, and kept for the next time.

@@ -213,16 +213,7 @@ mod tests {
             assert_eq!(parts_of(&stem(&tree, ids)), Some((tree, ids)));
         }
         let hex = tree.hex();
-        for name in [
-            "",
-            "-u1",
-            "-u1-g",
-            "-u01-g1",
-            "-u+1-g1",
-            "-u1-g4294967296",
-            "-u1-g1-",
-            "x",
-        ] {
+        for name in ["-u1", "-u1-g", "-u01-g1", "-u+1-g1", "-u1-g4294967296", "-u1-g1-", "x"] {
             assert_eq!(parts_of(&format!("{hex}{name}")), None, "{name}");
         }
         assert_eq!(parts_of(&hex.to_uppercase()), None);

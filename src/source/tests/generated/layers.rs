@@ -79,14 +79,29 @@ fn sequences(
     deep: u32,
 ) -> Met {
     let mut met = Met::new();
-    let disk = Disk::new("ext4", 256, &["-m0", "-b4096", "-N60000"]);
-    let place = place(&disk);
-    let options = layer::Options {
-        road,
-        ..layer::Options::default()
-    };
-    let layers = Layers::open(place.store.clone(), options).unwrap();
-    for seed in seeds {
+    let seeds: Vec<u64> = seeds.collect();
+    // The store keeps all trees, and there is room for so many.
+    for seeds in seeds.chunks(200) {
+        let disk = Disk::new("ext4", 256, &["-m0", "-b4096", "-N60000"]);
+        let place = place(&disk);
+        let options = layer::Options {
+            road,
+            ..layer::Options::default()
+        };
+        let layers = Layers::open(place.store.clone(), options).unwrap();
+        operate_on(&place, &layers, seeds, (mode, operations, deep), &mut met);
+    }
+    met
+}
+
+fn operate_on(
+    place: &Rc<Place>,
+    layers: &Layers,
+    seeds: &[u64],
+    (mode, operations, deep): (layer::Mode, u32, u32),
+    met: &mut Met,
+) {
+    for &seed in seeds {
         let rng = &mut StdRng::seed_from_u64(seed);
         Writer::fill(&place.source, rng);
         let build = place.store.build().unwrap();
@@ -98,7 +113,7 @@ fn sequences(
             let upper = layers.upper(&layer.spec.id).unwrap();
             look_into(
                 &PathBuf::from(format!("/proc/self/fd/{}", upper.folder.as_raw_fd())),
-                &mut met,
+                met,
             );
             drop(upper);
             tree = take_snapshot(&layer, &format!("LARDER_SEED={seed}, layer {depth}"));
@@ -110,7 +125,6 @@ fn sequences(
             remove_all(&copy.unwrap().path()).unwrap();
         }
     }
-    met
 }
 
 fn seeds(usual: u64) -> impl Iterator<Item = u64> {

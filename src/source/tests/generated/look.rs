@@ -1,6 +1,6 @@
 //! Looking at a folder, with nothing of larder's own code but the hash.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::CString;
 use std::fs::File;
 use std::io::Read;
@@ -219,8 +219,9 @@ fn data(file: &OwnedFd, size: u64) -> Vec<(u64, u64)> {
 }
 
 /// Every hole of a file is a hole of its copy. Not one in the last block if that is no whole one, and not a single
-/// block: a file that takes as many blocks as it is long, one of them for its attributes, is taken for one without.
-pub fn holes_are_kept(source: &Path, copy: &Path, what: &str) {
+/// block: a file that takes as many blocks as it is long, one of them for its attributes, is taken for one without. And
+/// not if an equal content, of zeros alone, was stored from a file that has them written: `zeros` are the lengths of such.
+pub fn holes_are_kept(source: &Path, copy: &Path, zeros: &mut BTreeSet<u64>, what: &str) {
     let files = |root: &Path| {
         let mut found = BTreeMap::new();
         visit(root, &mut |folder, name, path| {
@@ -233,10 +234,21 @@ pub fn holes_are_kept(source: &Path, copy: &Path, what: &str) {
         found
     };
     let (before, after) = (files(source), files(copy));
+    visit(source, &mut |folder, name, path| {
+        let written = before.get(path).is_some_and(|(_, data)| !data.is_empty());
+        let file = || std::fs::read(format!("/proc/self/fd/{}", open(folder, name).as_raw_fd())).unwrap();
+        if written
+            && let content = file()
+            && content.iter().all(|byte| *byte == 0)
+        {
+            zeros.insert(content.len() as u64);
+        }
+    });
     for (path, (length, copied)) in after {
         let had = &before[&path].1;
         let taken: u64 = had.iter().map(|(start, end)| end - start).sum();
-        if length - taken <= 4096 {
+        let is_zeros_of_another = had.is_empty() && zeros.iter().any(|zeros| zeros / 4096 * 4096 == length);
+        if length - taken <= 4096 || is_zeros_of_another {
             continue;
         }
         let inside = |run: &(u64, u64)| had.iter().any(|had| had.0 <= run.0 && run.1 <= had.1);

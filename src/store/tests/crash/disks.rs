@@ -62,7 +62,8 @@ impl Disk {
         fs::create_dir(&mount).unwrap();
         File::create(&image).unwrap().set_len(megabytes << 20).unwrap();
         let options: &[&str] = match kind {
-            "ext4" => &["-m0", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
+            // Blocks as large as pages: see `write_by_pages`.
+            "ext4" => &["-b4096", "-m0", "-E", "lazy_itable_init=0,lazy_journal_init=0"],
             _ => &[],
         };
         run(Command::new(format!("mkfs.{kind}")).arg("-q").args(options).arg(&image));
