@@ -32,8 +32,12 @@ pub fn snapshot(layers: &Layers, id: &LayerId, build: &Build, cancel: &AtomicBoo
     let upper = layers.upper(id)?;
     let failed = |action, source| Error::io(action, "the layer".as_ref(), source);
     // Until the build is published, also when the layer is released before.
-    let base = build.keep_tree(&upper.record.tree)?;
-    rustix::fs::syncfs(&upper.folder).map_err(|errno| failed("sync", errno.into()))?;
+    let (base, synced) = rayon::join(
+        || build.keep_tree(&upper.record.tree),
+        || rustix::fs::syncfs(&upper.folder),
+    );
+    let base = base?;
+    synced.map_err(|errno| failed("sync", errno.into()))?;
     let folder = upper.folder.as_fd().try_clone_to_owned();
     let folder: OwnedFd = folder.map_err(|error| failed("open", error))?;
     let mut base = Some(base);

@@ -79,13 +79,15 @@ impl Kept {
     /// Call before [`Kept::names`].
     pub fn sort(&mut self) {
         if !std::mem::replace(&mut self.is_sorted, true) {
-            self.digests.par_sort_unstable();
+            self.digests.par_sort_unstable_by_key(Digest::halves);
             self.digests.dedup();
         }
     }
 
     pub fn names(&self, digest: &Digest) -> bool {
-        self.digests.binary_search(digest).is_ok()
+        self.digests
+            .binary_search_by_key(&digest.halves(), Digest::halves)
+            .is_ok()
     }
 }
 
@@ -124,10 +126,11 @@ impl Build {
         Ok(leaves)
     }
 
-    /// As [`Build::keep`], and returns the whole tree.
+    /// As [`Build::keep`], and returns the whole tree. That each digest has one size in it is checked by what publishes a
+    /// tree that is made of it.
     pub fn keep_tree(&self, tree: &TreeDigest) -> Result<Tree, Error> {
         let hold = Hold::take_stored(&self.store, tree)?;
-        let loaded = manifests::load(&self.store, tree)?;
+        let loaded = manifests::load_but_sizes(&self.store, tree)?;
         lock(&self.kept).push(Kept::new(hold, &loaded.leaves));
         Ok(loaded)
     }

@@ -28,8 +28,21 @@ pub(super) fn verify(store: &Folder, tree: &TreeDigest) -> Result<(), Error> {
 }
 
 pub(super) fn load(store: &Folder, tree: &TreeDigest) -> Result<Tree, Error> {
+    load_as(store, tree, |input| Tree::read(input))
+}
+
+/// As [`load`], but does not check that each digest has one size.
+pub(super) fn load_but_sizes(store: &Folder, tree: &TreeDigest) -> Result<Tree, Error> {
+    load_as(store, tree, |input| Tree::read_but_sizes(input))
+}
+
+fn load_as(
+    store: &Folder,
+    tree: &TreeDigest,
+    read: impl FnOnce(&mut Hashing) -> Result<Tree, FormatError>,
+) -> Result<Tree, Error> {
     let mut input = Hashing::new(open(store, tree)?);
-    let read = Tree::read(&mut input).map_err(|source| bad(store, tree, source))?;
+    let read = read(&mut input).map_err(|source| bad(store, tree, source))?;
     input.finish(tree)?;
     Ok(read)
 }

@@ -21,8 +21,8 @@ use super::files::{self, lock};
 use super::layout::{Inner, manifest_path, object_path, shard_path};
 use super::leases::{Hold, Leased};
 use super::refs::{Ref, RefName, Revision};
-use super::tree::{EncodeError, Tree};
-use super::{Build, Digest, Error, TreeDigest, manifests};
+use super::tree::{Content, EncodeError, Tree};
+use super::{Build, Error, TreeDigest, manifests};
 
 /// Under which name a tree is published, and for whom.
 #[derive(Debug, Clone)]
@@ -55,10 +55,10 @@ impl Build {
         let manifest = self.path.clone() + "/manifest";
         let (looked, staged) = rayon::join(
             || -> Result<_, Error> {
-                let contents = tree.contents_by_digest();
+                let contents = tree.sorted_contents();
                 Tree::check_sizes(&contents)?;
-                let stats = tree.stats_with(&contents);
-                self.lease_contents(contents)?;
+                let stats = tree.stats_of(&contents);
+                self.lease_contents(&contents)?;
                 Ok(stats)
             },
             || self.stage_manifest(tree, &manifest),
@@ -111,7 +111,7 @@ impl Build {
             // One was, perhaps of this tree: then it is missing, or another build has stored it again meanwhile.
             moved = *now;
             drop(now);
-            self.lease_contents(tree.contents_by_digest())?;
+            self.lease_contents(&tree.sorted_contents())?;
         };
 
         if !keep_manifest {
@@ -143,11 +143,12 @@ impl Build {
     }
 
     /// Makes sure that every content (sorted) is there, and stays.
-    fn lease_contents(&self, mut contents: Vec<(&Digest, u64)>) -> Result<(), Error> {
+    fn lease_contents(&self, contents: &[Content]) -> Result<(), Error> {
         let mut kept = lock(&self.kept);
         kept.iter_mut().for_each(Kept::sort);
         let kept: &[Kept] = &kept;
-        let lease = |&(digest, expected): &(&Digest, u64)| {
+        let lease = |content: &Content| {
+            let (digest, expected) = (content.digest, content.size);
             let leased = lock(self.leases.table(digest)).get(digest).map(|leased| leased.size);
             let found = match leased {
                 Some(size) => Some(size),
@@ -165,8 +166,7 @@ impl Build {
             }
         };
         // Nearly all of a large tree that has hardly changed is only looked at: what takes time are the lookups. Sorted,
-        // each content is looked up once, and those of a folder one after the other.
-        contents.dedup();
+        // those of a folder are looked up one after the other.
         contents.par_iter().try_for_each(lease)
     }
 

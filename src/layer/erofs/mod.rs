@@ -34,7 +34,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use crate::store::tree::{Leaf, LeafKind, Meta, Record};
+use crate::store::tree::{Leaf, LeafKind, Meta, Name, Record};
 use crate::store::{Digest, TreeDigest};
 use dirs::Names;
 use out::Out;
@@ -96,7 +96,7 @@ pub struct Writer<'a> {
 
 /// A folder whose entries are being read.
 struct Open {
-    name: Box<[u8]>,
+    name: Name,
     meta: Meta,
     names: Names,
     /// Where the folders in it have the number of their `..`, which is its own.
@@ -228,7 +228,7 @@ impl<'a> Writer<'a> {
         bytes
     }
 
-    fn begin(&mut self, name: Box<[u8]>, meta: Meta) -> Result<(), Error> {
+    fn begin(&mut self, name: Name, meta: Meta) -> Result<(), Error> {
         if self.open.is_empty() {
             // Its place is known now, what is in it at the end.
             self.out.skip_to(ROOT)?;

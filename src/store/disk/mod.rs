@@ -10,11 +10,14 @@ mod step;
 
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU64;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Dev, FileType, Gid, IFlags, Mode, OFlags, RenameFlags, Timestamps, Uid, XattrFlags};
+use rustix::fs::{
+    Advice, AtFlags, Dev, FileType, Gid, IFlags, Mode, OFlags, RenameFlags, Timestamps, Uid, XattrFlags, fadvise,
+};
 use rustix::io::Errno;
 use rustix::path::Arg;
 
@@ -246,11 +249,21 @@ pub struct Writer {
     step: Step,
     file: File,
     offset: u64,
+    /// The disk was asked to begin with what is before this.
+    begun: u64,
 }
+
+/// After so many bytes the disk begins to write, so that a later sync does not find everything still to be done.
+const PART: u64 = 1 << 20;
 
 impl Writer {
     pub fn new(step: Step, file: File) -> Self {
-        Self { step, file, offset: 0 }
+        Self {
+            step,
+            file,
+            offset: 0,
+            begun: 0,
+        }
     }
 }
 
@@ -258,6 +271,13 @@ impl io::Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = pwrite(self.step, &self.file, bytes, self.offset)?;
         self.offset += written as u64;
+        if self.offset - self.begun >= PART {
+            // What is written is "not needed" in memory: Linux begins to write it, and keeps what is not written yet. It
+            // is only a hint.
+            let part = NonZeroU64::new(self.offset - self.begun);
+            let _ = fadvise(&self.file, self.begun, part, Advice::DontNeed);
+            self.begun = self.offset;
+        }
         Ok(written)
     }
 

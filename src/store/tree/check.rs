@@ -123,13 +123,50 @@ pub(super) fn kind(kind: &LeafKind) -> Check {
     Ok(())
 }
 
-/// One digest has one size. Takes what [`by_digest`] gives.
-pub(super) fn sizes(contents: &[(&Digest, u64)]) -> Result<(), TwoSizes> {
-    match contents
+/// A content that a tree names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Content<'a> {
+    pub digest: &'a Digest,
+    pub size: u64,
+    /// How many leaves have it.
+    pub leaves: u64,
+}
+
+/// The contents of leaves, sorted by digest and size, each once.
+pub(super) fn contents<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Vec<Content<'a>> {
+    // No comparison looks at the leaves, which are all over the memory: half a digest decides.
+    let mut files: Vec<(u128, u64, &Digest)> = leaves
+        .filter_map(Leaf::content)
+        .map(|(digest, size)| (digest.halves().0, size, digest))
+        .collect();
+    files.par_sort_unstable_by_key(|(half, size, _)| (*half, *size));
+    // Unless somebody has made two digests with an equal half, which neighbours then are not in order of.
+    if files
         .windows(2)
-        .find(|pair| pair[0].0 == pair[1].0 && pair[0].1 != pair[1].1)
+        .any(|pair| pair[0].0 == pair[1].0 && pair[0].2 != pair[1].2)
     {
-        Some(pair) => Err(TwoSizes(*pair[0].0)),
+        files.par_sort_unstable_by_key(|(_, size, digest)| (digest.halves(), *size));
+    }
+    let mut contents: Vec<Content> = Vec::new();
+    let mut last = None;
+    for (half, size, digest) in files {
+        match contents.last_mut() {
+            Some(content) if last == Some((half, size)) && content.digest == digest => content.leaves += 1,
+            _ => contents.push(Content {
+                digest,
+                size,
+                leaves: 1,
+            }),
+        }
+        last = Some((half, size));
+    }
+    contents
+}
+
+/// One digest has one size. Takes what [`contents`] gives.
+pub(super) fn sizes(contents: &[Content]) -> Result<(), TwoSizes> {
+    match contents.windows(2).find(|pair| pair[0].digest == pair[1].digest) {
+        Some(pair) => Err(TwoSizes(*pair[0].digest)),
         None => Ok(()),
     }
 }
@@ -144,19 +181,45 @@ impl From<TwoSizes> for InvalidTree {
     }
 }
 
-/// Digest and size of every file, sorted by them.
-pub(super) fn by_digest<'a>(leaves: impl Iterator<Item = &'a Leaf>) -> Vec<(&'a Digest, u64)> {
-    // With the first bytes at hand, hardly a comparison has to look at the leaves, which are all over the memory.
-    let mut files: Vec<(u64, &Digest, u64)> = leaves
-        .filter_map(Leaf::content)
-        .map(|(digest, size)| (prefix(digest), digest, size))
-        .collect();
-    files.par_sort_unstable();
-    files.into_iter().map(|(_, digest, size)| (digest, size)).collect()
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-fn prefix(digest: &Digest) -> u64 {
-    let mut bytes = [0; 8];
-    bytes.copy_from_slice(&digest.as_bytes()[..8]);
-    u64::from_be_bytes(bytes)
+    #[test]
+    fn contents_are_sorted_by_the_whole_digest_and_the_size_and_counted() {
+        let digest = |first: u8, last: u8| {
+            let mut bytes = [7; 32];
+            (bytes[0], bytes[31]) = (first, last);
+            Digest::from_bytes(bytes)
+        };
+        // Halves that are equal, and digests that are.
+        let all = [
+            (1, 9, 5),
+            (0, 2, 1),
+            (1, 3, 8),
+            (1, 9, 5),
+            (1, 9, 4),
+            (0, 1, 7),
+            (2, 0, 0),
+        ];
+        let leaves = all.map(|(first, last, size)| Leaf {
+            meta: Meta::default(),
+            kind: LeafKind::File {
+                digest: digest(first, last),
+                size,
+            },
+        });
+        for count in 0..=all.len() {
+            let mut expected = std::collections::BTreeMap::new();
+            for (first, last, size) in &all[..count] {
+                *expected.entry((digest(*first, *last), *size)).or_insert(0) += 1;
+            }
+            let found = contents(leaves[..count].iter()).into_iter();
+            let found: Vec<_> = found.map(|one| ((*one.digest, one.size), one.leaves)).collect();
+            assert_eq!(found, expected.into_iter().collect::<Vec<_>>());
+        }
+        let found = contents(leaves.iter());
+        assert_eq!(sizes(&found).map_err(|two| two.0), Err(digest(1, 9)));
+        assert!(sizes(&contents(leaves[..4].iter())).is_ok());
+    }
 }

@@ -13,6 +13,7 @@ mod check;
 mod diff;
 #[cfg(test)]
 mod golden;
+mod name;
 mod order;
 mod read;
 #[cfg(test)]
@@ -21,8 +22,10 @@ mod walk;
 mod write;
 
 pub(crate) use build::reorder;
+pub(crate) use check::Content;
 pub use check::{InvalidTree, MAX_NAME, MAX_SYMLINK, MAX_XATTR_NAME, MAX_XATTR_VALUE};
 pub use diff::{Change, Difference, What, diff};
+pub use name::Name;
 pub use read::{Digests, FormatError, Reader, Record};
 pub use walk::{Stats, Walk};
 pub use write::{EncodeError, MAGIC, VERSION};
@@ -57,7 +60,7 @@ pub struct Dir {
 /// A name in a folder. Names are bytes: not empty, not `.` or `..`, without `/` and NUL, at most 255 of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Entry {
-    pub name: Box<[u8]>,
+    pub name: Name,
     pub node: Node,
 }
 

@@ -5,7 +5,7 @@
 use std::io::{self, BufRead, BufReader, Read};
 
 use super::write::{Before, MAGIC, VERSION, flag, kind};
-use super::{Dir, DirId, Entry, Leaf, LeafId, LeafKind, Meta, Node, Tree, check};
+use super::{Dir, DirId, Entry, Leaf, LeafId, LeafKind, Meta, Name, Node, Tree, check};
 use crate::store::Digest;
 
 /// Bytes that are not a manifest.
@@ -29,11 +29,11 @@ pub enum FormatError {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Record {
     /// A folder begins; its entries follow, then its [`Record::End`]. The first record is the root, without a name.
-    Dir { name: Box<[u8]>, meta: Meta, entries: u64 },
+    Dir { name: Name, meta: Meta, entries: u64 },
     /// The first name of a leaf.
-    Leaf { name: Box<[u8]>, leaf: Leaf },
+    Leaf { name: Name, leaf: Leaf },
     /// Another name of the leaf with that number, counted from 0 in the order of [`Record::Leaf`].
-    Link { name: Box<[u8]>, leaf: LeafId },
+    Link { name: Name, leaf: LeafId },
     /// The end of the folder that began last.
     End,
 }
@@ -86,7 +86,7 @@ impl<R: Read> Reader<R> {
             if head & kind::MASK != kind::DIR {
                 return Err(self.input.invalid("the root is not a folder"));
             }
-            return self.dir(head, Box::default()).map(Some);
+            return self.dir(head, Name::default()).map(Some);
         }
         let Some(frame) = self.stack.last_mut() else {
             return Ok(None);
@@ -99,7 +99,7 @@ impl<R: Read> Reader<R> {
             return Ok(Some(Record::End));
         }
         frame.left -= 1;
-        let name = self.input.bytes(check::MAX_NAME)?;
+        let name = self.input.name()?;
         check::name(&name).map_err(|what| self.input.invalid(what))?;
         if *name <= *frame.last {
             return Err(self
@@ -129,7 +129,7 @@ impl<R: Read> Reader<R> {
         }
     }
 
-    fn dir(&mut self, head: u8, name: Box<[u8]>) -> Result<Record, FormatError> {
+    fn dir(&mut self, head: u8, name: Name) -> Result<Record, FormatError> {
         let meta = self.meta(head)?;
         let entries = self.input.varint()?;
         self.dirs = match self.dirs.checked_add(1) {
@@ -143,7 +143,7 @@ impl<R: Read> Reader<R> {
         Ok(Record::Dir { name, meta, entries })
     }
 
-    fn leaf(&mut self, head: u8, name: Box<[u8]>) -> Result<Record, FormatError> {
+    fn leaf(&mut self, head: u8, name: Name) -> Result<Record, FormatError> {
         let meta = self.meta(head)?;
         let kind = match head & kind::MASK {
             kind::FILE => {
@@ -275,6 +275,13 @@ impl Tree {
 
     /// Reads a manifest from a stream, to the stream's end.
     pub fn read(input: impl Read) -> Result<Tree, FormatError> {
+        let tree = Self::read_but_sizes(input)?;
+        check::sizes(&check::contents(tree.leaves.iter())).map_err(|two| FormatError::Sizes(two.0))?;
+        Ok(tree)
+    }
+
+    /// As [`Tree::read`], but does not check that each digest has one size: for what is published, which checks it.
+    pub(crate) fn read_but_sizes(input: impl Read) -> Result<Tree, FormatError> {
         let mut reader = Reader::new(input);
         let mut tree = Tree {
             dirs: Vec::new(),
@@ -312,7 +319,6 @@ impl Tree {
                 tree.dirs[parent.0 as usize].entries.push(Entry { name, node });
             }
         }
-        check::sizes(&check::by_digest(tree.leaves.iter())).map_err(|two| FormatError::Sizes(two.0))?;
         Ok(tree)
     }
 }
@@ -335,6 +341,7 @@ impl<R: Read> Input<R> {
         }
     }
 
+    #[inline]
     fn fill(&mut self, buffer: &mut [u8]) -> Result<(), FormatError> {
         match self.inner.read_exact(buffer) {
             Ok(()) => {
@@ -348,21 +355,38 @@ impl<R: Read> Input<R> {
         }
     }
 
+    #[inline]
     fn byte(&mut self) -> Result<u8, FormatError> {
+        // Nearly always: most of a manifest is read byte by byte.
+        if let Some(byte) = self.inner.buffer().first().copied() {
+            self.inner.consume(1);
+            self.offset += 1;
+            return Ok(byte);
+        }
         let mut byte = [0];
         self.fill(&mut byte)?;
         Ok(byte[0])
     }
 
+    /// A length and so many bytes.
+    fn name(&mut self) -> Result<Name, FormatError> {
+        let length = self.length(check::MAX_NAME)?;
+        let mut name = Name::zeros(length);
+        self.fill(name.bytes_mut())?;
+        Ok(name)
+    }
+
     /// A length and so many bytes. `limit` bounds what is set aside for a length that lies.
     fn bytes(&mut self, limit: usize) -> Result<Box<[u8]>, FormatError> {
+        let mut bytes = vec![0; self.length(limit)?].into_boxed_slice();
+        self.fill(&mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn length(&mut self, limit: usize) -> Result<usize, FormatError> {
         let length = self.varint()?;
         match usize::try_from(length) {
-            Ok(length) if length <= limit => {
-                let mut bytes = vec![0; length].into_boxed_slice();
-                self.fill(&mut bytes)?;
-                Ok(bytes)
-            }
+            Ok(length) if length <= limit => Ok(length),
             _ => Err(self.invalid("a name, target or value is longer than is allowed")),
         }
     }

@@ -160,7 +160,7 @@ fn invalid_trees_are_refused_with_their_path() {
         "slash",
     );
     fails(&|tree| tree.dirs[1].entries[0].name = (*b"..").into(), "d/..", "\"..\"");
-    fails(&|tree| tree.dirs[1].entries[0].name = Box::default(), "d/", "empty");
+    fails(&|tree| tree.dirs[1].entries[0].name = Name::default(), "d/", "empty");
     fails(&|tree| tree.dirs[1].entries[0].name = (*b"a\0").into(), "d/a\0", "NUL");
     fails(
         &|tree| tree.dirs[1].entries[0].name = vec![b'n'; 256].into(),

@@ -1,6 +1,6 @@
 //! Looking into a tree.
 
-use super::check;
+use super::check::{self, Content};
 use super::{Dir, DirId, InvalidTree, Leaf, LeafId, LeafKind, Node, Tree};
 use crate::store::Digest;
 
@@ -110,11 +110,11 @@ impl Tree {
 
     /// Counts and sizes. The tree must be a finished, decoded or loaded one.
     pub fn stats(&self) -> Stats {
-        self.stats_with(&self.contents_by_digest())
+        self.stats_of(&self.sorted_contents())
     }
 
-    /// As [`Tree::stats`], with what [`Tree::contents_by_digest`] gives.
-    pub(crate) fn stats_with(&self, contents: &[(&Digest, u64)]) -> Stats {
+    /// As [`Tree::stats`], with what [`Tree::sorted_contents`] gives.
+    pub(crate) fn stats_of(&self, contents: &[Content]) -> Stats {
         let mut stats = Stats::default();
         for entry in self.dirs.iter().flat_map(|dir| &dir.entries) {
             stats.entries += 1;
@@ -124,24 +124,21 @@ impl Tree {
                 stats.files += 1;
             }
         }
-        let mut last = None;
-        for (digest, size) in contents {
-            stats.logical = stats.logical.saturating_add(*size);
-            if last != Some(digest) {
-                stats.distinct = stats.distinct.saturating_add(*size);
-            }
-            last = Some(digest);
+        for content in contents {
+            let all = content.size.saturating_mul(content.leaves);
+            stats.logical = stats.logical.saturating_add(all);
+            stats.distinct = stats.distinct.saturating_add(content.size);
         }
         stats
     }
 
-    /// Digest and size of each file's content, sorted, as often as there are files with it.
-    pub(crate) fn contents_by_digest(&self) -> Vec<(&Digest, u64)> {
-        check::by_digest(self.leaves.iter())
+    /// The contents of all leaves, sorted, each once.
+    pub(crate) fn sorted_contents(&self) -> Vec<Content<'_>> {
+        check::contents(self.leaves.iter())
     }
 
-    /// Fails if a digest has two sizes, in what [`Tree::contents_by_digest`] gives.
-    pub(crate) fn check_sizes(contents: &[(&Digest, u64)]) -> Result<(), InvalidTree> {
+    /// Fails if a digest has two sizes, in what [`Tree::sorted_contents`] gives.
+    pub(crate) fn check_sizes(contents: &[Content]) -> Result<(), InvalidTree> {
         Ok(check::sizes(contents)?)
     }
 

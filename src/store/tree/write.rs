@@ -67,7 +67,7 @@ impl Tree {
             .iter()
             .zip(&ordinals)
             .filter(|(_, ordinal)| ordinal.is_some());
-        check::sizes(&check::by_digest(reached.map(|(leaf, _)| leaf))).map_err(InvalidTree::from)?;
+        check::sizes(&check::contents(reached.map(|(leaf, _)| leaf))).map_err(InvalidTree::from)?;
         Ok(digest)
     }
 
@@ -77,6 +77,7 @@ impl Tree {
         Ok(self.write(out)?.0)
     }
 
+    /// Also returns for each leaf as which one it was written.
     fn write(&self, out: &mut dyn Write) -> Result<(TreeDigest, Vec<Option<u32>>), EncodeError> {
         let mut writer = Writer {
             out,
