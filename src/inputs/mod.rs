@@ -31,7 +31,7 @@ pub struct Input {
 
 const KIB: usize = 1 << 10;
 
-pub const INPUTS: [Input; 12] = [
+pub const INPUTS: [Input; 13] = [
     // Three bytes are a FIFO with its name: 100 bytes in memory, in vectors that grow by doubling, and once more sorted,
     // counted and encoded again.
     input("manifest", manifest, 200, 512 * KIB),
@@ -41,6 +41,8 @@ pub const INPUTS: [Input; 12] = [
     input("node", node, 200, 512 * KIB),
     input("layer", layer, 100, 64 * KIB),
     input("note", note, 16, 64 * KIB),
+    // The first line may be any JSON, in small parts.
+    input("run", run, 200, 64 * KIB),
     // Two bytes are a name of one letter: a string and its bytes, in a vector that grows by doubling.
     input("names", names, 64, 64 * KIB),
     input("size", size, 8, 64 * KIB),
@@ -161,6 +163,13 @@ pub fn config(bytes: &[u8]) {
 pub fn note(bytes: &[u8]) {
     if let Some(again) = reread_note(bytes) {
         assert_eq!(bytes, again);
+    }
+}
+
+/// The record of a collection.
+pub fn run(bytes: &[u8]) {
+    if let Ok((record, listed)) = store::parse_run(bytes) {
+        assert!(serde_json::to_vec(&record).is_ok() && listed <= bytes.len() as u64);
     }
 }
 

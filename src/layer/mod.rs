@@ -325,14 +325,19 @@ impl Holders for Layers {
             Error::Io { action, path, source } => crate::store::Error::Io { action, path, source },
             other => io("layers", io::Error::other(other.to_string())),
         })?;
-        let mut trees: Vec<TreeDigest> = records.iter().map(|record| record.tree).collect();
+        let layers = records.iter().map(|record| record.tree).collect();
+        let mut trees = Vec::new();
         let mounts = mountinfo::of_self().map_err(|e| io("/proc/self/mountinfo", e))?;
         let ours = mounts.iter().filter(|mount| !is_elsewhere(mount, &self.0.root));
         trees.extend(ours.filter_map(mounted_tree));
         trees.extend(self.0.mounted_images(&mounts));
         trees.sort();
         trees.dedup();
-        Ok(Held { trees, unreadable })
+        Ok(Held {
+            layers,
+            trees,
+            unreadable,
+        })
     }
 }
 

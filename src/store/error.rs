@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::tree::{FormatError, InvalidTree};
 use super::{Digest, TreeDigest};
@@ -121,7 +121,7 @@ impl Error {
 }
 
 /// Something in the store that could not be read, and what to do about it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// The file, or the object that the file is about.
     pub path: String,

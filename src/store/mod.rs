@@ -24,6 +24,7 @@ mod large;
 mod layout;
 mod leases;
 mod manifests;
+mod pace;
 mod publish;
 mod put;
 mod quarantine;
@@ -33,6 +34,7 @@ mod remove;
 mod replace;
 pub mod retention;
 mod rm;
+mod runs;
 mod shards;
 mod stored;
 #[cfg(test)]
@@ -56,7 +58,7 @@ use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
 pub use files::{is_settled, read_bounded};
-pub use gc::{Decision, DroppedHistory, Held, Holders, Kind, Report};
+pub use gc::{Collecting, Decision, DroppedHistory, Gone, Held, Holders, Kind, Removals, Report};
 pub use layout::object_name;
 #[cfg(any(test, fuzzing))]
 pub use layout::parse_config_id as parse_config;
@@ -69,6 +71,9 @@ pub use refs::parse_ref;
 pub use refs::{Ref, RefName, Refs, Retired, Revision};
 pub use remove::remove_all;
 pub use rm::{Needed, Removed};
+#[cfg(any(test, fuzzing))]
+pub use runs::parse_run;
+pub use runs::{RunId, RunRecord, Runs};
 pub use usage::Usage;
 pub use verify::{BadBlob, BadManifest, Fault, HurtFile, HurtTree, Scope, Verification, VerifyOptions, VerifyProgress};
 

@@ -1,4 +1,4 @@
-//! Reading no faster than is allowed.
+//! Reading or removing no faster than is allowed.
 
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,8 +11,9 @@ const CREDIT: Duration = Duration::from_millis(100);
 const SLICE: Duration = Duration::from_millis(50);
 
 pub(super) struct Pace {
+    /// Bytes, or whatever is counted, per second.
     rate: Option<NonZeroU64>,
-    /// When the next byte may be read.
+    /// When the next one may be.
     next: Instant,
 }
 
@@ -32,10 +33,10 @@ impl Pace {
         }
     }
 
-    /// Waits for as long as reading so many bytes should have taken, less what it did take. `false` if cancelled.
-    pub fn wait(&mut self, bytes: u64, cancel: &AtomicBool) -> bool {
+    /// Waits for as long as so many bytes, or others, should have taken, less what they did take. `false` if cancelled.
+    pub fn wait(&mut self, count: u64, cancel: &AtomicBool) -> bool {
         if let Some(rate) = self.rate {
-            let cost = Duration::from_secs_f64(bytes as f64 / rate.get() as f64);
+            let cost = Duration::from_secs_f64(count as f64 / rate.get() as f64);
             let now = Instant::now();
             self.next = self.next.max(now.checked_sub(CREDIT).unwrap_or(now)) + cost;
             while let Some(left) = self.next.checked_duration_since(Instant::now()) {

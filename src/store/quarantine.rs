@@ -78,7 +78,7 @@ fn move_away(store: &Inner, digest: &Digest, from: &str, now: SystemTime) -> Res
 pub(super) struct Quarantined {
     pub name: String,
     pub size: u64,
-    taken: SystemTime,
+    pub taken: SystemTime,
 }
 
 /// When it was moved, if the name is one of ours.

@@ -16,7 +16,7 @@ use std::collections::{BinaryHeap, HashMap};
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Digest, TreeDigest};
 
@@ -52,12 +52,14 @@ impl Policy {
 }
 
 /// Who needs a manifest that is live.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Live {
     /// A ref's current revision.
     Current,
-    /// A layer, a mount or a hold.
+    /// A layer.
+    Layer,
+    /// A mount or a hold.
     InUse,
 }
 
@@ -73,6 +75,8 @@ pub struct ManifestFact {
     pub unused_since: SystemTime,
     /// Indices in [`Facts::blobs`], each once.
     pub blobs: Vec<u32>,
+    /// Who needs it, for messages.
+    pub needed_by: Vec<String>,
 }
 
 /// A content that a stored manifest names or that is in the store.
@@ -110,7 +114,7 @@ pub struct Facts {
 }
 
 /// Why something goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Reason {
     /// History not used for `maxAge`.
@@ -147,12 +151,14 @@ impl fmt::Display for Reason {
 }
 
 /// What still takes room, in bytes; each blob counts under the first cause that applies.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Causes {
     /// Contents of current revisions.
     pub current: u64,
-    /// Contents that only layers, mounts or holds need.
+    /// Contents that no current revision needs, but a layer.
+    pub layers: u64,
+    /// Contents that only mounts or holds need.
     pub in_use: u64,
     /// Contents that only running builds need.
     pub building: u64,
@@ -169,7 +175,8 @@ impl Causes {
     pub fn largest_first(&self) -> Vec<(&'static str, u64)> {
         let mut causes = vec![
             ("current trees", self.current),
-            ("layers and mounts", self.in_use),
+            ("layers", self.layers),
+            ("mounts", self.in_use),
             ("builds under way", self.building),
             ("fresh contents", self.fresh),
             ("history", self.history),
@@ -183,7 +190,7 @@ impl Causes {
 }
 
 /// The limits are not met although everything that may go goes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct OverLimit {
     /// Bytes of the store after the plan.
@@ -193,7 +200,23 @@ pub struct OverLimit {
     pub free: u64,
     pub min_free: Option<u64>,
     pub causes: Causes,
+    /// The trees that are needed and hold most that no other stored tree does, the largest first; at most five.
+    pub largest: Vec<Holder>,
 }
+
+/// A tree that takes room.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Holder {
+    pub tree: TreeDigest,
+    /// Who needs it: refs as `namespace/name`, layers, mounts.
+    pub needed_by: Vec<String>,
+    /// Bytes of its contents that no other stored tree names: what would be freed if nobody needed it.
+    pub exclusive: u64,
+}
+
+/// Holders that are named.
+const HOLDERS: usize = 5;
 
 /// What goes; indices into the facts, sorted. Everything else stays.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -478,6 +501,7 @@ impl<'a> Planner<'a> {
             free: self.free,
             min_free: self.policy.min_free,
             causes: self.causes(),
+            largest: self.largest(),
         });
         fn chosen(reasons: Vec<Option<Reason>>) -> Vec<(usize, Reason)> {
             let numbered = reasons.into_iter().enumerate();
@@ -491,18 +515,37 @@ impl<'a> Planner<'a> {
         }
     }
 
+    fn largest(&self) -> Vec<Holder> {
+        let facts = self.facts;
+        let exclusive = |manifest: &ManifestFact| {
+            let alone = manifest.blobs.iter().filter(|blob| self.counts[**blob as usize] == 1);
+            let sizes = alone
+                .map(|blob| &facts.blobs[*blob as usize])
+                .filter(|blob| blob.present);
+            sizes.fold(0, |sum: u64, blob| sum.saturating_add(blob.size))
+        };
+        let live = facts.manifests.iter().filter(|manifest| manifest.live.is_some());
+        let mut holders: Vec<(u64, &ManifestFact)> = live.map(|manifest| (exclusive(manifest), manifest)).collect();
+        holders.sort_by_key(|(exclusive, manifest)| (Reverse(*exclusive), manifest.tree));
+        holders.truncate(HOLDERS);
+        let named = holders.into_iter().map(|(exclusive, manifest)| Holder {
+            tree: manifest.tree,
+            needed_by: manifest.needed_by.clone(),
+            exclusive,
+        });
+        named.collect()
+    }
+
     /// Rule 4: what is left.
     fn causes(&self) -> Causes {
         let facts = self.facts;
-        let (mut current, mut in_use) = (vec![false; facts.blobs.len()], vec![false; facts.blobs.len()]);
+        // By whom each is needed, if at all: the first of these counts.
+        let mut needed: Vec<Option<Live>> = vec![None; facts.blobs.len()];
         for manifest in &facts.manifests {
-            let mark = match manifest.live {
-                Some(Live::Current) => &mut current,
-                Some(Live::InUse) => &mut in_use,
-                None => continue,
-            };
+            let Some(live) = manifest.live else { continue };
             for blob in &manifest.blobs {
-                mark[*blob as usize] = true;
+                let known = &mut needed[*blob as usize];
+                *known = Some(known.map_or(live, |known| known.min(live)));
             }
         }
         let mut causes = Causes::default();
@@ -511,8 +554,9 @@ impl<'a> Planner<'a> {
                 continue;
             }
             let cause = match () {
-                () if current[index] => &mut causes.current,
-                () if in_use[index] => &mut causes.in_use,
+                () if needed[index] == Some(Live::Current) => &mut causes.current,
+                () if needed[index] == Some(Live::Layer) => &mut causes.layers,
+                () if needed[index] == Some(Live::InUse) => &mut causes.in_use,
                 () if blob.leased => &mut causes.building,
                 () if self.is_fresh(blob.last_used) => &mut causes.fresh,
                 () => &mut causes.history,

@@ -71,6 +71,7 @@ pub struct Trees(pub Vec<TreeDigest>);
 impl Holders for Trees {
     fn held(&self) -> Result<Held, Error> {
         Ok(Held {
+            layers: Vec::new(),
             trees: self.0.clone(),
             unreadable: Vec::new(),
         })

@@ -95,6 +95,8 @@ steps! {
     ImageMove,
     ManifestRemove,
     SweepSync,
+    /// A large blob gets out of the way of builds before it is removed.
+    BlobMove,
     BlobRemove,
 
     // Verifying.
@@ -108,6 +110,13 @@ steps! {
     RecordSync,
     RecordRename,
     RecordDiscard,
+
+    // Recording a collection.
+    RunCreate,
+    RunWrite,
+    RunRename,
+    RunDiscard,
+    RunRemove,
 
     // Removing a folder: of a build, of an image, what a dead process left.
     TreeUnlink,

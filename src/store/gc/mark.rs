@@ -1,11 +1,12 @@
 //! The mark: who names which trees, what these name, what there is.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use rustix::io::Errno;
 
-use super::Holders;
+use super::{Collecting, Holders};
 use crate::store::files::{self, lock};
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
@@ -20,6 +21,8 @@ pub(super) struct Marked {
     pub orphans: Vec<(TreeDigest, u64)>,
     pub blocked: Vec<Problem>,
     pub scanned: u64,
+    /// `false`: it was cancelled. A plan made of half the facts must not be carried out.
+    pub complete: bool,
 }
 
 /// Who names a tree.
@@ -34,7 +37,7 @@ struct Named {
     by: Vec<String>,
 }
 
-pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Result<Marked, Error> {
+pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Result<Marked, Error> {
     let refs = store.refs()?;
     let held = holders.held()?;
     let holds = store.leases.trees();
@@ -56,11 +59,18 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Res
             named.by.push(format!("the history of {}", entry.name));
         }
     }
-    let mut in_use: HashSet<TreeDigest> = held.trees.into_iter().collect();
-    for tree in &in_use {
-        let named = named.entry(*tree).or_default();
-        named.live.get_or_insert(Live::InUse);
-        named.by.push("a layer or mount".to_owned());
+    let mut in_use: HashSet<TreeDigest> = HashSet::new();
+    for (trees, live, by) in [
+        (held.layers, Live::Layer, "a layer"),
+        (held.trees, Live::InUse, "a mount"),
+    ] {
+        let trees: HashSet<TreeDigest> = trees.into_iter().collect();
+        for tree in &trees {
+            let named = named.entry(*tree).or_default();
+            named.live.get_or_insert(live);
+            named.by.push(by.to_owned());
+        }
+        in_use.extend(trees);
     }
     for tree in &holds {
         let named = named.entry(*tree).or_default();
@@ -77,6 +87,9 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Res
     let mut index = Index::new();
     let mut history = Vec::new();
     for (tree, named) in &named {
+        if how.cancel.load(Ordering::Relaxed) {
+            break;
+        }
         match read_manifest(store, tree, named, &mut facts.blobs, &mut index) {
             Ok(fact) => {
                 facts.manifests.push(fact);
@@ -91,7 +104,7 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Res
     }
     let orphans = orphans(store, &named)?;
     facts.orphans = orphans.iter().map(|(_, size)| size).sum();
-    let scanned = scan(store, &mut facts, &index, now)?;
+    let scanned = scan(store, &mut facts, &index, how)?;
     for image in images::list(store)? {
         facts.images.push(ImageFact {
             in_use: in_use.contains(&image.tree),
@@ -107,6 +120,7 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, now: SystemTime) -> Res
         orphans,
         blocked,
         scanned,
+        complete: !how.cancel.load(Ordering::Relaxed),
     })
 }
 
@@ -140,6 +154,7 @@ fn read_manifest(
         tree: *tree,
         size: stat.st_size.max(0) as u64,
         live: named.live,
+        needed_by: named.by.clone(),
         unused_since: named.retired_at.map_or(used, |retired| retired.max(used)),
         blobs: contents.into_iter().map(number).collect(),
     })
@@ -173,7 +188,7 @@ pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<(TreeDige
 }
 
 /// Looks through `objects/`: names only for what is live, also times and sizes for the rest. Returns the count.
-fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Result<u64, Error> {
+fn scan(store: &Inner, facts: &mut Facts, index: &Index, how: &Collecting) -> Result<u64, Error> {
     let mut live = vec![false; facts.blobs.len()];
     for manifest in facts.manifests.iter().filter(|manifest| manifest.live.is_some()) {
         for blob in &manifest.blobs {
@@ -182,6 +197,9 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Res
     }
     let mut scanned = 0;
     for byte in 0..=255u8 {
+        if how.cancel.load(Ordering::Relaxed) {
+            break;
+        }
         let builds = store.leases.builds();
         let Some(shard) = store.list_shard(byte)? else {
             continue;
@@ -193,7 +211,7 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, now: SystemTime) -> Res
                 && live[known as usize]
             {
                 let blob = &mut facts.blobs[known as usize];
-                (blob.present, blob.last_used) = (true, now);
+                (blob.present, blob.last_used) = (true, how.now);
                 continue;
             }
             // Gone meanwhile: another collection cannot be running, but an admin can.

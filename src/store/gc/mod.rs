@@ -18,14 +18,18 @@ mod model;
 mod run;
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::files::lock;
 use super::layout::Inner;
-use super::retention::{OverLimit, Policy, Reason, plan};
-use super::{Error, Problem, Store, TreeDigest, quarantine, time};
+use super::pace::Pace;
+use super::quarantine::{self, Quarantined};
+use super::retention::{Facts, OverLimit, Plan, Policy, Reason, plan};
+use super::{Error, Problem, Store, TreeDigest, time};
 use mark::mark;
 pub(super) use mark::stored_manifests;
 use run::Run;
@@ -39,16 +43,105 @@ pub trait Holders {
 /// See [`Holders`].
 #[derive(Debug, Clone, Default)]
 pub struct Held {
+    /// Of layers.
+    pub layers: Vec<TreeDigest>,
+    /// Of all else.
     pub trees: Vec<TreeDigest>,
     /// What could not be read, and may name any tree. Anything here stops all deletion.
     pub unreadable: Vec<Problem>,
 }
 
+/// How a collection is made, besides by which policy.
+#[derive(Debug, Clone, Copy)]
+pub struct Collecting<'a> {
+    /// Find out what may go, and delete nothing.
+    pub dry_run: bool,
+    pub now: SystemTime,
+    /// Most files removed in a second; `None`: as fast as the disk does it.
+    pub rate: Option<NonZeroU64>,
+    /// The collection ends soon after this is set. What it has deleted stays deleted; another one goes on from there.
+    pub cancel: &'a AtomicBool,
+}
+
+/// Something that went, or in a dry run would have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Gone {
+    pub kind: Kind,
+    pub reason: Reason,
+    pub bytes: u64,
+    /// When it was last used: for history, built, mounted or current; for an image, made.
+    #[serde(with = "time")]
+    pub last_used: SystemTime,
+    /// The digest of a blob or manifest, the file name of an image or in quarantine.
+    pub name: String,
+}
+
+/// Everything that a collection removed, or would have. A [`Gone`] for each would take more memory than the collection.
+pub struct Removals {
+    facts: Facts,
+    orphans: Vec<(TreeDigest, u64)>,
+    quarantined: Vec<Quarantined>,
+    /// In the order in which they went. The numbers are those of the facts; behind the manifests come the orphans.
+    gone: Vec<(Kind, Reason, u32)>,
+}
+
+impl Removals {
+    pub fn len(&self) -> usize {
+        self.gone.len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.gone.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Gone> {
+        self.gone
+            .iter()
+            .map(|(kind, reason, number)| self.one(*kind, *reason, *number as usize))
+    }
+
+    fn one(&self, kind: Kind, reason: Reason, number: usize) -> Gone {
+        let facts = &self.facts;
+        let (bytes, last_used, name) = match kind {
+            Kind::Image => {
+                let image = &facts.images[number];
+                (image.size, image.last_used, image.name.clone())
+            }
+            Kind::Manifest => match facts.manifests.get(number) {
+                Some(manifest) => (manifest.size, manifest.unused_since, manifest.tree.to_string()),
+                None => {
+                    let (tree, size) = &self.orphans[number - facts.manifests.len()];
+                    // Nobody knows when it was named last.
+                    (*size, SystemTime::UNIX_EPOCH, tree.to_string())
+                }
+            },
+            Kind::Blob => {
+                let blob = &facts.blobs[number];
+                (blob.size, blob.last_used, blob.digest.to_string())
+            }
+            Kind::Quarantined => {
+                let one = &self.quarantined[number];
+                (one.size, one.taken, one.name.clone())
+            }
+        };
+        Gone {
+            kind,
+            reason,
+            bytes,
+            last_used,
+            name,
+        }
+    }
+}
+
 /// What a collection did, or with `dry_run` would do.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     pub dry_run: bool,
+    /// `false`: it was cancelled before its end.
+    pub complete: bool,
     #[serde(with = "time")]
     pub started: SystemTime,
     #[serde(with = "time")]
@@ -68,7 +161,7 @@ pub struct Report {
 }
 
 /// A revision that is history no more.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct DroppedHistory {
     /// The ref, as `namespace/name`.
@@ -78,7 +171,7 @@ pub struct DroppedHistory {
 }
 
 /// How much of a kind went, and why.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub struct Decision {
     pub kind: Kind,
@@ -91,7 +184,7 @@ pub struct Decision {
     pub samples: Vec<String>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub enum Kind {
     Image,
@@ -113,7 +206,23 @@ impl Store {
         dry_run: bool,
         now: SystemTime,
     ) -> Result<Report, Error> {
-        self.collect_and(policy, holders, dry_run, now, &|| {})
+        let how = Collecting {
+            dry_run,
+            now,
+            rate: None,
+            cancel: &AtomicBool::new(false),
+        };
+        Ok(self.collect_and(policy, holders, &how, &|| {})?.0)
+    }
+
+    /// As [`Store::collect`], and tells everything that went.
+    pub fn collect_with(
+        &self,
+        policy: &Policy,
+        holders: &dyn Holders,
+        how: &Collecting,
+    ) -> Result<(Report, Removals), Error> {
+        self.collect_and(policy, holders, how, &|| {})
     }
 
     /// `after_plan` runs between the plan and its execution: for tests of what happens then.
@@ -121,28 +230,36 @@ impl Store {
         &self,
         policy: &Policy,
         holders: &dyn Holders,
-        dry_run: bool,
-        now: SystemTime,
+        how: &Collecting,
         after_plan: &dyn Fn(),
-    ) -> Result<Report, Error> {
+    ) -> Result<(Report, Removals), Error> {
+        let Collecting { dry_run, now, .. } = *how;
         let store = &self.inner;
         let _one_at_a_time = lock(&store.collecting);
         let _mark = Mark::begin(store);
-        let marked = mark(store, holders, now)?;
-        let planned = plan(policy, &marked.facts, now);
+        let marked = mark(store, holders, how)?;
+        let planned = match marked.complete {
+            true => plan(policy, &marked.facts, now),
+            false => Plan::default(),
+        };
         after_plan();
         let mut run = Run {
             store,
             marked: &marked,
             plan: &planned,
             tally: BTreeMap::new(),
+            gone: Vec::new(),
+            quarantined: Vec::new(),
             history: Vec::new(),
             blocked: marked.blocked.clone(),
+            pace: Pace::new(how.rate),
+            cancel: how.cancel,
+            started: now,
         };
         // What could not be read may need anything: then nothing goes, and a dry run promises nothing else.
-        if run.blocked.is_empty() {
+        if run.blocked.is_empty() && marked.complete {
             // It is needed by nothing, whatever is live.
-            run.expire(&quarantine::old(store, now)?, dry_run)?;
+            run.expire(quarantine::old(store, now)?, dry_run)?;
             match dry_run {
                 true => run.pretend(),
                 false => {
@@ -152,7 +269,15 @@ impl Store {
                 }
             }
         }
-        Ok(run.report(dry_run, now))
+        let complete = marked.complete && !how.cancel.load(Ordering::Relaxed);
+        let (report, gone, quarantined) = run.report(dry_run, complete);
+        let removals = Removals {
+            facts: marked.facts,
+            orphans: marked.orphans,
+            quarantined,
+            gone,
+        };
+        Ok((report, removals))
     }
 }
 

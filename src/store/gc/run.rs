@@ -1,7 +1,8 @@
 //! Carrying a plan out.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
-use std::time::SystemTime;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
 
@@ -10,12 +11,17 @@ use super::{Decision, DroppedHistory, Kind, Report};
 use crate::store::disk::{self, Step};
 use crate::store::files::{self, lock};
 use crate::store::layout::{Inner, manifest_path, object_path};
+use crate::store::pace::Pace;
 use crate::store::quarantine::Quarantined;
 use crate::store::retention::{Live, Plan, Reason};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests, quarantine};
 
-/// Blobs that are removed under one taking of a shard's lock: a put waits for no more.
+/// Blobs that are removed under one taking of a shard's lock, at most: a put waits for no more …
 const BATCH: usize = 64;
+/// … and for about so long, on a slow disk.
+const TURN: Duration = Duration::from_millis(10);
+/// Blobs from this size on take long to be removed: they are moved out of the way under the lock, and removed without it.
+const LARGE: u64 = 1 << 20;
 /// Names that a report gives of what went for one reason.
 const SAMPLES: usize = 5;
 
@@ -33,13 +39,25 @@ pub(super) struct Run<'a> {
     pub store: &'a Inner,
     pub marked: &'a Marked,
     pub plan: &'a Plan,
+    /// What went, as [`Removals`](super::Removals) has it.
+    pub gone: Vec<(Kind, Reason, u32)>,
+    pub quarantined: Vec<Quarantined>,
     pub tally: BTreeMap<(Kind, Reason), Tally>,
     pub history: Vec<DroppedHistory>,
     pub blocked: Vec<Problem>,
+    pub pace: Pace,
+    pub cancel: &'a AtomicBool,
+    pub started: SystemTime,
 }
 
 impl Run<'_> {
-    fn count(&mut self, kind: Kind, reason: Reason, bytes: u64, name: impl ToString) {
+    fn is_cancelled(&self) -> bool {
+        self.cancel.load(Ordering::Relaxed)
+    }
+
+    /// Counts something that went, which has this number in the facts.
+    fn count(&mut self, kind: Kind, reason: Reason, number: usize, bytes: u64, name: impl ToString) {
+        self.gone.push((kind, reason, number as u32));
         let tally = self.tally.entry((kind, reason)).or_default();
         tally.count += 1;
         tally.bytes = tally.bytes.saturating_add(bytes);
@@ -57,12 +75,17 @@ impl Run<'_> {
         });
     }
 
-    pub fn expire(&mut self, old: &[Quarantined], dry_run: bool) -> Result<(), Error> {
+    pub fn expire(&mut self, old: Vec<Quarantined>, dry_run: bool) -> Result<(), Error> {
         for one in old {
-            if !dry_run {
-                quarantine::discard(self.store, one)?;
+            if self.is_cancelled() {
+                break;
             }
-            self.count(Kind::Quarantined, Reason::QuarantineAge, one.size, &one.name);
+            if !dry_run {
+                quarantine::discard(self.store, &one)?;
+            }
+            let number = self.quarantined.len();
+            self.count(Kind::Quarantined, Reason::QuarantineAge, number, one.size, &one.name);
+            self.quarantined.push(one);
         }
         Ok(())
     }
@@ -71,21 +94,22 @@ impl Run<'_> {
         let (marked, plan) = (self.marked, self.plan);
         for (index, reason) in &plan.images {
             let image = &marked.facts.images[*index];
-            self.count(Kind::Image, *reason, image.size, &image.name);
+            self.count(Kind::Image, *reason, *index, image.size, &image.name);
         }
-        for (tree, size) in &marked.orphans {
-            self.count(Kind::Manifest, Reason::Orphaned, *size, tree);
+        for (number, (tree, size)) in marked.orphans.iter().enumerate() {
+            let number = marked.facts.manifests.len() + number;
+            self.count(Kind::Manifest, Reason::Orphaned, number, *size, tree);
         }
         for (index, reason) in &plan.manifests {
             for name in &marked.history[*index] {
                 self.note_history(*index, name, *reason);
             }
             let manifest = &marked.facts.manifests[*index];
-            self.count(Kind::Manifest, *reason, manifest.size, manifest.tree);
+            self.count(Kind::Manifest, *reason, *index, manifest.size, manifest.tree);
         }
         for (index, reason) in &plan.blobs {
             let blob = &marked.facts.blobs[*index];
-            self.count(Kind::Blob, *reason, blob.size, blob.digest);
+            self.count(Kind::Blob, *reason, *index, blob.size, blob.digest);
         }
     }
 
@@ -95,7 +119,7 @@ impl Run<'_> {
             .facts
             .manifests
             .iter()
-            .filter(|manifest| manifest.live == Some(Live::InUse))
+            .filter(|manifest| matches!(manifest.live, Some(Live::Layer | Live::InUse)))
         {
             // In use until now: its age as history, should it become that, begins here.
             match files::touch(Step::InUseTouch, &store.dir, manifest_path(&manifest.tree)) {
@@ -105,16 +129,21 @@ impl Run<'_> {
         }
         for (index, reason) in &plan.images {
             let image = &marked.facts.images[*index];
+            if self.is_cancelled() {
+                return Ok(());
+            }
             if images::remove(store, &image.name, &image.tree)? {
-                self.count(Kind::Image, *reason, image.size, &image.name);
+                self.count(Kind::Image, *reason, *index, image.size, &image.name);
             }
         }
 
         // First what no ref has to be rewritten for: it frees the room that rewriting needs.
+        let known = marked.facts.manifests.len();
         let orphans = marked
             .orphans
             .iter()
-            .map(|(tree, size)| (*tree, *size, Reason::Orphaned));
+            .enumerate()
+            .map(|(number, (tree, size))| (*tree, *size, known + number, Reason::Orphaned));
         self.drop_manifests(orphans.collect())?;
         let mut named = vec![false; marked.facts.blobs.len()];
         for blob in marked.facts.manifests.iter().flat_map(|manifest| &manifest.blobs) {
@@ -138,11 +167,14 @@ impl Run<'_> {
         let mut refs: Vec<_> = refs.into_iter().collect();
         refs.sort();
         for name in refs {
+            if self.is_cancelled() {
+                return Ok(());
+            }
             self.drop_history(name, &dropped)?;
         }
         let manifests = plan.manifests.iter().map(|(index, reason)| {
             let manifest = &marked.facts.manifests[*index];
-            (manifest.tree, manifest.size, *reason)
+            (manifest.tree, manifest.size, *index, *reason)
         });
         self.drop_manifests(manifests.collect())?;
         self.sweep(later)?;
@@ -175,7 +207,7 @@ impl Run<'_> {
     }
 
     /// Removes manifests that no ref names and nobody holds by now.
-    fn drop_manifests(&mut self, trees: Vec<(TreeDigest, u64, Reason)>) -> Result<(), Error> {
+    fn drop_manifests(&mut self, trees: Vec<(TreeDigest, u64, usize, Reason)>) -> Result<(), Error> {
         if trees.is_empty() {
             return Ok(());
         }
@@ -190,7 +222,7 @@ impl Run<'_> {
             named.extend(entry.current.iter().map(|revision| revision.digest));
             named.extend(entry.history.iter().map(|old| old.revision.digest));
         }
-        for (tree, size, reason) in trees {
+        for (tree, size, number, reason) in trees {
             if named.contains(&tree) {
                 continue;
             }
@@ -198,7 +230,7 @@ impl Run<'_> {
             // A publish that makes it current again holds it before it looks whether it is there.
             let remove = || files::remove_file(Step::ManifestRemove, &store.dir, path.as_str());
             match store.leases.unless_held(&tree, remove) {
-                Some(Ok(())) => self.count(Kind::Manifest, reason, size, tree),
+                Some(Ok(())) => self.count(Kind::Manifest, reason, number, size, tree),
                 Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
                 None => {}
             }
@@ -264,19 +296,33 @@ impl Run<'_> {
             }
         }
         for (byte, blobs) in shards {
-            for batch in blobs.chunks(BATCH) {
-                self.sweep_batch(byte, batch)?;
+            let mut rest = &blobs[..];
+            while !rest.is_empty() {
+                let done = self.sweep_some(byte, rest)?;
+                rest = &rest[done..];
+                if !self.pace.wait(done as u64, self.cancel) {
+                    return Ok(false);
+                }
             }
         }
         Ok(true)
     }
 
-    fn sweep_batch(&mut self, byte: u8, batch: &[(usize, Reason)]) -> Result<(), Error> {
+    /// Removes the first of these blobs, as many as may be before a build that waits for the shard has its turn.
+    /// Returns how many were dealt with.
+    fn sweep_some(&mut self, byte: u8, blobs: &[(usize, Reason)]) -> Result<usize, Error> {
         let (store, facts) = (self.store, &self.marked.facts);
+        let mut large = Vec::new();
+        let mut done = 0;
+        let begin = Instant::now();
         let mut shard = lock(&store.shards[usize::from(byte)]);
         // Under the lock: a build that is not among them takes its first lease here only after we are done.
         let builds = store.leases.builds();
-        for (index, reason) in batch {
+        for (index, reason) in blobs.iter().take(BATCH) {
+            if done > 0 && begin.elapsed() > TURN {
+                break;
+            }
+            done += 1;
             let blob = &facts.blobs[*index];
             if builds
                 .iter()
@@ -285,18 +331,38 @@ impl Run<'_> {
                 continue;
             }
             let path = object_path(&blob.digest);
-            match disk::unlink(Step::BlobRemove, &store.dir, path.as_str()) {
+            let removed = match blob.size >= LARGE {
+                // Giving its blocks back takes long: it only gets out of the way here.
+                true => {
+                    let away = store.staging_name("gone");
+                    match disk::rename(Step::BlobMove, &store.dir, path.as_str(), &store.dir, away.as_str()) {
+                        // A name takes room, which there may be none of.
+                        Err(Errno::NOSPC | Errno::DQUOT) => disk::unlink(Step::BlobRemove, &store.dir, path.as_str()),
+                        other => other.map(|()| large.push(away)),
+                    }
+                }
+                false => disk::unlink(Step::BlobRemove, &store.dir, path.as_str()),
+            };
+            match removed {
                 Ok(()) => {}
                 Err(Errno::NOENT) => continue,
                 Err(error) => return Err(Error::io("remove", store.path(&path), error)),
             }
             Inner::count_removed(&mut shard, blob.size);
-            self.count(Kind::Blob, *reason, blob.size, blob.digest);
+            self.count(Kind::Blob, *reason, *index, blob.size, blob.digest);
         }
-        Ok(())
+        drop(shard);
+        for away in large {
+            // Should it fail, the next start empties staging.
+            files::remove_file(Step::BlobRemove, &store.dir, away.as_str())
+                .map_err(|error| Error::io("remove", store.path(&away), error))?;
+        }
+        Ok(done)
     }
 
-    pub fn report(self, dry_run: bool, started: SystemTime) -> Report {
+    /// The report, and everything that went.
+    pub fn report(self, dry_run: bool, complete: bool) -> (Report, Vec<(Kind, Reason, u32)>, Vec<Quarantined>) {
+        let started = self.started;
         let marked = self.marked;
         let decisions: Vec<Decision> = self
             .tally
@@ -312,8 +378,9 @@ impl Run<'_> {
             .collect();
         let deleted = decisions.iter().filter(|decision| decision.kind == Kind::Blob);
         let missing = marked.facts.blobs.iter().filter(|blob| !blob.present).count() as u64;
-        Report {
+        let report = Report {
             dry_run,
+            complete,
             started,
             finished: SystemTime::now().max(started),
             scanned_blobs: marked.scanned,
@@ -324,6 +391,7 @@ impl Run<'_> {
             over_limit: self.plan.over_limit.clone(),
             blocked: self.blocked,
             missing_blobs: missing,
-        }
+        };
+        (report, self.gone, self.quarantined)
     }
 }

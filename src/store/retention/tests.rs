@@ -22,6 +22,7 @@ fn blob(number: u8, size: u64, unused_days: u64) -> BlobFact {
 
 fn manifest(number: u8, live: Option<Live>, unused_days: u64, blobs: &[u32]) -> ManifestFact {
     ManifestFact {
+        needed_by: Vec::new(),
         tree: TreeDigest::from_bytes([number; 32]),
         size: 10,
         live,

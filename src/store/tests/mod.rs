@@ -9,5 +9,6 @@ mod limits;
 mod orders;
 mod processes;
 mod refs;
+mod simulation;
 mod single;
 mod stress;

@@ -32,6 +32,7 @@ impl Holders for Place {
     fn held(&self) -> Result<Held, Error> {
         turns::point();
         Ok(Held {
+            layers: Vec::new(),
             trees: self.layers.lock().unwrap().clone(),
             unreadable: Vec::new(),
         })

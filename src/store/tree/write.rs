@@ -61,7 +61,7 @@ impl Tree {
     ///
     /// Fails if the tree is not valid (a bad or unsorted name, a folder with two names, …) or `out` fails.
     pub fn encode(&self, out: &mut dyn Write) -> Result<TreeDigest, EncodeError> {
-        let (digest, ordinals) = self.write(out)?;
+        let (digest, ordinals) = self.write_records(out)?;
         let reached = self
             .leaves
             .iter()
@@ -74,11 +74,11 @@ impl Tree {
     /// As [`Tree::encode`], but does not check that each digest has one size. For a tree of which all leaves have names,
     /// whose caller does.
     pub(crate) fn encode_but_sizes(&self, out: &mut dyn Write) -> Result<TreeDigest, EncodeError> {
-        Ok(self.write(out)?.0)
+        Ok(self.write_records(out)?.0)
     }
 
     /// Also returns for each leaf as which one it was written.
-    fn write(&self, out: &mut dyn Write) -> Result<(TreeDigest, Vec<Option<u32>>), EncodeError> {
+    fn write_records(&self, out: &mut dyn Write) -> Result<(TreeDigest, Vec<Option<u32>>), EncodeError> {
         let mut writer = Writer {
             out,
             buffer: Vec::with_capacity(FLUSH_AT + 4096),

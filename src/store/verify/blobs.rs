@@ -11,11 +11,11 @@ use rayon::prelude::*;
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use super::pace::Pace;
 use super::{BadBlob, Fault, Scope, VerifyProgress};
 use crate::store::disk::{self, Step};
 use crate::store::files::{self, lock};
 use crate::store::layout::{Inner, object_path};
+use crate::store::pace::Pace;
 use crate::store::quarantine::{self, FileId};
 use crate::store::{Digest, Error};
 

@@ -10,7 +10,6 @@
 //! reported and stays where it is: it goes on stopping collections, which must not guess what it named.
 
 mod blobs;
-mod pace;
 mod record;
 #[cfg(test)]
 mod tests;

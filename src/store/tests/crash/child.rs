@@ -66,6 +66,8 @@ pub fn detours() -> Vec<Vec<Struck>> {
         vec![(Step::RefSync, 1, Fault::Fail(Errno::IO))],
         // Likewise of a note.
         vec![(Step::NoteRename, 1, Fault::Fail(Errno::IO))],
+        // And of a run's record.
+        vec![(Step::RunRename, 1, Fault::Fail(Errno::IO))],
         // Blocks cannot be shared: a large file is copied.
         vec![(Step::BlobReflink, 1, Fault::Fail(Errno::OPNOTSUPP))],
     ]

@@ -19,5 +19,6 @@ use crate::store::disk::Step;
 use crate::store::disk::hook::Fault;
 use check::{Promise, State, look, staged};
 use child::{Ended, Life, Work, detours, live};
-use disks::{Disk, Ram};
+use disks::Disk;
+pub(super) use disks::Ram;
 use rounds::Rounds;

@@ -1,0 +1,335 @@
+//! Ninety days of a store, told by a seed: trees come, change and go, mounts too, policies change, the clock jumps, the
+//! process ends and begins anew. After each collection a checker that knows nothing of the planner looks whether all that
+//! is needed is there, and the policy's limits are kept.
+//!
+//! Time is the test's: the store is told it, and what it has noted by the system's clock, the times of files, is set to
+//! it after each step. 2,000 steps, with `LARDER_SOAK` 50,000; `LARDER_SEED` repeats one.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, SystemTime};
+
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom;
+use rand::{Rng, SeedableRng};
+
+use super::crash::Ram;
+use crate::store::retention::Policy;
+use crate::store::testing::*;
+use crate::store::*;
+
+const DAY: u64 = 24 * 60 * 60;
+const DAYS: u64 = 90;
+const REFS: usize = 8;
+const CONTENTS: u64 = 120;
+
+/// The bytes of a content: some hundreds to some thousands.
+fn content(number: u64) -> Vec<u8> {
+    let length = 200 + number * 7919 % 6000;
+    format!("content {number} ")
+        .into_bytes()
+        .into_iter()
+        .cycle()
+        .take(length as usize)
+        .collect()
+}
+
+fn policies() -> Vec<(&'static str, Policy)> {
+    let days = |days: u64| Some(Duration::from_secs(days * DAY));
+    let kib = |kib: u64| Some(kib << 10);
+    let with = |max_age, max_size, min_copies| Policy {
+        max_age,
+        max_size,
+        min_copies,
+        ..Policy::built_in()
+    };
+    vec![
+        ("built-in", Policy::built_in()),
+        ("three days", with(days(3), None, 1)),
+        ("small", with(None, kib(120), 1)),
+        ("old and small", with(days(10), kib(250), 1)),
+        ("twice or not at all", with(days(5), None, 2)),
+        ("nothing", with(None, Some(0), 1)),
+        ("nothing kept", nothing_kept()),
+    ]
+}
+
+struct World {
+    root: PathBuf,
+    store: Store,
+    now: SystemTime,
+    /// When the test began, by the system's clock: times of files from then on are the store's own.
+    real: SystemTime,
+    policy: (&'static str, Policy),
+    /// What each ref should stand for, by the test's own account.
+    current: BTreeMap<String, TreeDigest>,
+    mounted: Vec<TreeDigest>,
+    collections: u64,
+    deleted: u64,
+}
+
+impl World {
+    fn new(root: &Path) -> World {
+        World {
+            root: root.to_owned(),
+            store: Store::open(root, Options::default()).unwrap(),
+            now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000),
+            // Less what the file system's clock lags.
+            real: SystemTime::now() - Duration::from_secs(5),
+            policy: policies().remove(0),
+            current: BTreeMap::new(),
+            mounted: Vec::new(),
+            collections: 0,
+            deleted: 0,
+        }
+    }
+
+    /// Every file of contents and manifests.
+    fn files(&self) -> Vec<PathBuf> {
+        let list = |folder: &Path| -> Vec<PathBuf> {
+            fs::read_dir(folder).map_or(Vec::new(), |entries| {
+                entries.map(|entry| entry.unwrap().path()).collect()
+            })
+        };
+        let mut files = list(&self.root.join("manifests"));
+        files.extend(list(&self.root.join("objects")).iter().flat_map(|shard| list(shard)));
+        files
+    }
+
+    /// Times that the store took from the system's clock become the test's.
+    fn settle(&self) {
+        for path in self.files() {
+            if fs::metadata(&path).unwrap().modified().unwrap() >= self.real {
+                File::open(&path).unwrap().set_modified(self.now).unwrap();
+            }
+        }
+    }
+
+    fn step(&mut self, rng: &mut StdRng) {
+        let name = format!("ref-{}", rng.random_range(0..REFS));
+        match rng.random_range(0..100) {
+            0..35 => {
+                let build = self.store.build().unwrap();
+                let first = rng.random_range(0..CONTENTS);
+                let contents: Vec<Vec<u8>> = (0..rng.random_range(1..12))
+                    .map(|_| content((first + rng.random_range(0..20)) % CONTENTS))
+                    .collect();
+                let names: Vec<String> = (0..contents.len()).map(|number| number.to_string()).collect();
+                let files: Vec<(&str, &[u8])> = names
+                    .iter()
+                    .zip(&contents)
+                    .map(|(name, bytes)| (&**name, &**bytes))
+                    .collect();
+                let tree = tree_of(&build, &files);
+                let mut target = target(&name, "uid-1");
+                (target.now, target.history_limit) = (self.now, rng.random_range(0..5));
+                let digest = build.publish(&tree, target).unwrap().digest;
+                self.current.insert(name, digest);
+            }
+            35..45 => {
+                self.store
+                    .retire(&crate::store::testing::name(&name), "uid-1", self.now)
+                    .unwrap();
+                self.current.remove(&name);
+            }
+            45..48 => {
+                self.store.forget(&crate::store::testing::name(&name)).unwrap();
+                self.current.remove(&name);
+            }
+            48..53 => {
+                // Contents that were put and never named.
+                let build = self.store.build().unwrap();
+                build.put_bytes(&content(rng.random_range(0..CONTENTS))).unwrap();
+            }
+            53..63 => {
+                let known: Vec<TreeDigest> = self
+                    .store
+                    .manifests()
+                    .unwrap()
+                    .into_iter()
+                    .map(|(tree, _)| tree)
+                    .collect();
+                if let Some(tree) = known.choose(rng) {
+                    self.mounted.push(*tree);
+                }
+            }
+            63..71 => {
+                if !self.mounted.is_empty() {
+                    let number = rng.random_range(0..self.mounted.len());
+                    self.mounted.swap_remove(number);
+                }
+            }
+            71..75 => self.policy = policies().choose(rng).unwrap().clone(),
+            75..78 => {
+                // A process that ends and begins anew.
+                let root = self.root.clone();
+                let old = std::mem::replace(&mut self.store, scratch_store(&root.with_extension("other")));
+                drop(old);
+                self.store = Store::open(&root, Options::default()).unwrap();
+            }
+            78..80 => {
+                let jump = Duration::from_secs(rng.random_range(0..5 * DAY));
+                self.now = match rng.random_bool(0.5) {
+                    true => self.now + jump,
+                    false => self.now - jump,
+                };
+            }
+            _ => self.collect(rng),
+        }
+        self.settle();
+    }
+
+    fn collect(&mut self, rng: &mut StdRng) {
+        let holders = Trees(self.mounted.clone());
+        let run = |dry_run| {
+            let how = Collecting {
+                dry_run,
+                now: self.now,
+                rate: None,
+                cancel: &AtomicBool::new(false),
+            };
+            self.store.collect_with(&self.policy.1, &holders, &how).unwrap()
+        };
+        let planned: Vec<Gone> = run(true).1.iter().collect();
+        let (report, removals) = run(false);
+        assert_eq!(
+            (report.blocked.len(), report.missing_blobs, report.complete),
+            (0, 0, true)
+        );
+        let sorted = |mut gone: Vec<Gone>| {
+            gone.sort_by(|a, b| (a.kind, &a.name).cmp(&(b.kind, &b.name)));
+            gone
+        };
+        assert_eq!(
+            sorted(planned),
+            sorted(removals.iter().collect()),
+            "a dry run is what the run then does"
+        );
+        self.settle();
+        self.check();
+        if rng.random_bool(0.3) {
+            let again = run(false).0;
+            assert_eq!(
+                (again.deleted_blobs, again.freed_bytes),
+                (0, 0),
+                "directly after a run nothing is left to do"
+            );
+        }
+        self.collections += 1;
+        self.deleted += report.deleted_blobs;
+    }
+
+    /// A naive look at the files themselves.
+    fn check(&self) {
+        // All that refs name is whole, history too.
+        check_all(&self.store);
+        let refs = self.store.refs().unwrap().refs;
+        let found: BTreeMap<String, TreeDigest> = refs
+            .iter()
+            .filter_map(|entry| Some((entry.name.name().to_owned(), entry.current.as_ref()?.digest)))
+            .collect();
+        assert_eq!(found, self.current);
+        let live: BTreeSet<TreeDigest> = self.current.values().chain(&self.mounted).copied().collect();
+        let mut needed: BTreeSet<Digest> = BTreeSet::new();
+        for tree in &live {
+            for (digest, size) in self.store.load(tree).unwrap().contents() {
+                let bytes = fs::read(blob_path(&self.store, digest)).unwrap();
+                assert_eq!((digest_of(&bytes), bytes.len() as u64), (*digest, size));
+                needed.insert(*digest);
+            }
+        }
+        self.check_limits(&refs, &live, &needed);
+    }
+
+    fn check_limits(&self, refs: &[Ref], live: &BTreeSet<TreeDigest>, needed: &BTreeSet<Digest>) {
+        let policy = &self.policy.1;
+        let age = |path: &Path| {
+            let then = fs::metadata(path).unwrap().modified().unwrap();
+            self.now.duration_since(then).unwrap_or_default()
+        };
+        let files = self.files();
+        let size: u64 = files.iter().map(|path| fs::metadata(path).unwrap().len()).sum();
+        let is_over = policy.max_size.is_some_and(|most| size > most);
+        let mut named = needed.clone();
+        for entry in refs {
+            for old in &entry.history {
+                let tree = old.revision.digest;
+                named.extend(self.store.load(&tree).unwrap().contents().map(|(digest, _)| *digest));
+                if live.contains(&tree) {
+                    continue;
+                }
+                // The same tree may be younger history of another ref.
+                let retired = refs
+                    .iter()
+                    .flat_map(|entry| &entry.history)
+                    .filter(|other| other.revision.digest == tree)
+                    .map(|other| self.now.duration_since(other.retired_at).unwrap_or_default())
+                    .min();
+                let unused = age(&self.root.join("manifests").join(tree.hex())).min(retired.unwrap());
+                let too_old = policy.max_age.is_some_and(|most| unused >= most);
+                assert!(
+                    !too_old,
+                    "history of {} is {unused:?} old under {:?}",
+                    entry.name, self.policy
+                );
+                let may_go = unused >= policy.grace;
+                assert!(
+                    !(is_over && may_go),
+                    "{size} bytes, and history of {} is kept under {:?}",
+                    entry.name,
+                    self.policy
+                );
+            }
+        }
+        for path in files
+            .iter()
+            .filter(|path| path.parent().unwrap().file_name().unwrap() != "manifests")
+        {
+            let hex = format!(
+                "{}{}",
+                path.parent().unwrap().file_name().unwrap().to_str().unwrap(),
+                path.file_name().unwrap().to_str().unwrap()
+            );
+            let digest: Digest = format!("sha256:{hex}").parse().unwrap();
+            if named.contains(&digest) || age(path) < policy.grace {
+                continue;
+            }
+            let most = policy.max_age.unwrap_or(Duration::from_secs(DAY));
+            assert!(
+                age(path) < most && !is_over,
+                "{digest} is named by nothing, and {:?} old under {:?}",
+                age(path),
+                self.policy
+            );
+        }
+    }
+}
+
+/// Something to put in a store's place while that is closed.
+fn scratch_store(root: &Path) -> Store {
+    Store::open(root, Options::default()).unwrap()
+}
+
+#[test]
+fn ninety_days_lose_nothing_that_is_needed_and_keep_the_limits() {
+    let given = std::env::var("LARDER_SEED").ok().and_then(|seed| seed.parse().ok());
+    let seed: u64 = given.unwrap_or_else(|| rand::rng().random());
+    eprintln!("LARDER_SEED={seed}");
+    let steps: u64 = match std::env::var_os("LARDER_SOAK") {
+        Some(_) => 50_000,
+        None => 2_000,
+    };
+    let mut rng = StdRng::seed_from_u64(seed);
+    let dir = tempfile::tempdir().unwrap();
+    let ram = Ram::new(dir.path());
+    let mut world = World::new(&ram.path().join("store"));
+    for _ in 0..steps {
+        world.step(&mut rng);
+        // On average the days are over with the steps.
+        world.now += Duration::from_secs(rng.random_range(0..=2 * DAYS * DAY / steps));
+    }
+    println!("{} collections deleted {} contents", world.collections, world.deleted);
+    assert!(world.collections > steps / 10 && world.deleted > steps / 10);
+}
