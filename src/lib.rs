@@ -6,6 +6,7 @@
 //! - [`store`]: the node-local content-addressed store. Knows no Kubernetes and no mounts.
 //! - [`layer`]: mounts and writable layers over a tree, and reading back what was changed in one.
 //! - [`source`]: where a tree comes from: a directory, a layer.
+//! - [`policy`]: a RetentionPolicy's rules as a store takes them.
 //! - [`agent`]: one per node: what the node should hold, into the store and its layers.
 //! - [`cli`]: `larder store`, for an admin; and the socket by which an agent runs its commands.
 //! - [`api`]: the custom resources: types, defaults, validation, conditions. No I/O.
@@ -22,6 +23,7 @@ pub mod controller;
 #[cfg(any(test, fuzzing))]
 pub mod inputs;
 pub mod layer;
+pub mod policy;
 pub mod source;
 pub mod store;
 pub mod telemetry;

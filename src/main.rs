@@ -1,6 +1,7 @@
 //! The command line, nothing else.
 
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -100,6 +101,9 @@ struct AgentArgs {
     /// How long a layer on the disk may be without an object before it is released.
     #[arg(long, default_value = "60s", value_parser = parse_duration)]
     orphan_grace: Duration,
+    /// Most files that retention removes in a second, so that the node does not feel it. Absent: as many as the disk can.
+    #[arg(long, value_name = "N")]
+    max_removals_per_second: Option<NonZeroU64>,
 }
 
 #[derive(Clone, Copy)]
@@ -162,6 +166,7 @@ fn run_agent(args: AgentArgs) -> anyhow::Result<()> {
             road: args.layer_road,
         },
         orphan_grace: args.orphan_grace,
+        removal_rate: args.max_removals_per_second,
     };
     serve(args.common, async move |client, health, stop| {
         Ok(agent::run(client, options, health, stop).await?)

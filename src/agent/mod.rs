@@ -4,6 +4,7 @@
 //! it does is in the store and the layers, and each of these finishes or cleans at the next start what was begun.
 
 mod builds;
+mod collecting;
 mod layer_plan;
 mod layers;
 mod node;
@@ -14,6 +15,7 @@ mod throttle;
 mod work;
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -51,6 +53,8 @@ pub struct Options {
     pub layers: layer::Options,
     /// How long a layer on the disk may be without an object before it is released.
     pub orphan_grace: Duration,
+    /// Most files that retention removes in a second; `None`: as many as the disk can.
+    pub removal_rate: Option<NonZeroU64>,
 }
 
 /// Why the agent ended.
@@ -129,6 +133,7 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         refs: disk.refs,
         problem: disk.problem,
         memory: disk.memory,
+        removal_rate: options.removal_rate,
         commands: disk.commands,
         mounted,
         placed: placed_sender,

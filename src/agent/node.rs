@@ -1,6 +1,7 @@
 //! The node's main loop: `NodeStore.spec` → builds, retirement, retention → `NodeStore.status`.
 
 use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -14,14 +15,14 @@ use tracing::{debug, error, info, warn};
 
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::{self, Failed, Goal, Known, Step};
-use super::retention::{self, Due, Memory};
+use super::retention::{Memory, Room};
 use super::saved::{self, SavedSpec};
 use super::tell;
 use super::throttle::Throttle;
-use super::work::{self, Built, Collected, Counted, Done};
-use crate::api::conditions::{Verdict, merge, reasons};
+use super::work::{self, Built, Counted, Done};
+use crate::api::conditions::{OVER_LIMIT, Verdict, Wanted, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
-use crate::cluster::{AGENT_MANAGER, Backoff, Followed, ObjectKey, apply_status};
+use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status};
 use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
@@ -34,7 +35,7 @@ const MAX_BUILDS: usize = 4;
 const QUICK: Duration = Duration::from_millis(300);
 
 /// Longest pause of the loop.
-const TICK: Duration = Duration::from_secs(10);
+pub(super) const TICK: Duration = Duration::from_secs(10);
 
 /// The trees that the node should hold, for the layers: `None` while one is not stored yet.
 pub type Placed = HashMap<ObjectKey, Option<TreeDigest>>;
@@ -50,6 +51,8 @@ pub struct Start {
     pub refs: BTreeMap<ObjectKey, Ref>,
     pub problem: Option<String>,
     pub memory: Memory,
+    /// Most files that retention removes in a second.
+    pub removal_rate: Option<NonZeroU64>,
     /// Told when somebody else has changed the store through this process.
     pub commands: Arc<Notify>,
     pub mounted: watch::Receiver<MountedLayers>,
@@ -65,58 +68,65 @@ struct Job {
 
 /// What changed since it was saved.
 #[derive(Default)]
-struct Unsaved {
+pub(super) struct Unsaved {
     spec: bool,
-    memory: bool,
+    pub(super) memory: bool,
 }
 
 /// The NodeStore as the API server has it.
-struct Observed {
-    uid: String,
+pub(super) struct Observed {
+    pub(super) uid: String,
     resource_version: String,
     status: NodeStoreStatus,
 }
 
 pub struct Node {
     client: Client,
-    health: Health,
-    node: String,
-    builder: Builder,
+    pub(super) health: Health,
+    pub(super) node: String,
+    pub(super) builder: Builder,
     road: Option<Road>,
     mounted: watch::Receiver<MountedLayers>,
     placed: watch::Sender<Placed>,
     owner: watch::Sender<Option<OwnerReference>>,
 
     /// Shared with what the loop looks at, which changes the rest of it meanwhile.
-    spec: Option<Arc<SavedSpec>>,
-    refs: BTreeMap<ObjectKey, Ref>,
+    pub(super) spec: Option<Arc<SavedSpec>>,
+    pub(super) refs: BTreeMap<ObjectKey, Ref>,
     /// A problem of the store itself, for the NodeStore's Ready.
-    problem: Option<String>,
+    pub(super) problem: Option<String>,
     jobs: HashMap<String, Job>,
     failed: HashMap<String, Failed>,
     checked: HashMap<String, Instant>,
-    retiring: HashMap<ObjectKey, Instant>,
-    memory: Memory,
-    collecting: bool,
-    unsaved: Unsaved,
+    pub(super) retiring: HashMap<ObjectKey, Instant>,
+    pub(super) memory: Memory,
+    /// Ends the run under way.
+    pub(super) collecting: Option<Arc<AtomicBool>>,
+    pub(super) removal_rate: Option<NonZeroU64>,
+    pub(super) room: Option<Room>,
+    pub(super) counted: Instant,
+    pub(super) announcer: Announcer,
+    announced_over: Option<Said>,
+    pub(super) unsaved: Unsaved,
     saving: bool,
     usage: Option<StoreUsage>,
     commands: Arc<Notify>,
     /// Builds that ended and retirements, so far: refs that were read before one of them are out of date.
     ref_changes: u64,
 
-    observed: Option<Observed>,
+    pub(super) observed: Option<Observed>,
     writing: bool,
     write_backoff: Backoff,
     throttle: Throttle,
     differs_since: Option<Instant>,
-    tasks: JoinSet<Done>,
+    pub(super) tasks: JoinSet<Done>,
 }
 
 impl Node {
     pub fn new(start: Start) -> Self {
         let now = Instant::now();
         Self {
+            announcer: Announcer::new(start.client.clone(), AGENT_MANAGER, Some(start.node.clone())),
             client: start.client,
             health: start.health,
             node: start.node,
@@ -133,7 +143,11 @@ impl Node {
             checked: HashMap::new(),
             retiring: HashMap::new(),
             memory: start.memory,
-            collecting: false,
+            collecting: None,
+            removal_rate: start.removal_rate,
+            room: None,
+            counted: now,
+            announced_over: None,
             unsaved: Unsaved::default(),
             saving: false,
             usage: None,
@@ -175,6 +189,9 @@ impl Node {
         }
         for job in self.jobs.values() {
             job.cancel.store(true, Ordering::Relaxed);
+        }
+        if let Some(cancel) = &self.collecting {
+            cancel.store(true, Ordering::Relaxed);
         }
     }
 
@@ -339,35 +356,6 @@ impl Node {
         }
     }
 
-    fn retention(&mut self, now: Instant) -> Instant {
-        let policy = self.spec.as_ref().and_then(|spec| spec.spec.retention.clone());
-        // Before the first spec nobody knows which policy is in force.
-        if self.spec.is_none() || self.collecting {
-            return now + TICK;
-        }
-        let time = Timestamp::now();
-        let before = self.memory.clone();
-        retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
-        self.unsaved.memory |= self.memory != before;
-        match retention::due(&self.memory, policy.as_ref(), &self.node, time) {
-            Due::Never => now + TICK,
-            Due::At(at) => {
-                now + Duration::try_from(at.duration_since(time))
-                    .unwrap_or_default()
-                    .min(TICK)
-            }
-            // What should go may still be on its way into history.
-            Due::Now if !self.retiring.is_empty() => now + Duration::from_millis(50),
-            Due::Now => {
-                self.collecting = true;
-                let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
-                self.tasks
-                    .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, policy, had_problem))));
-                now + TICK
-            }
-        }
-    }
-
     /// Saves what is unsaved, one write at a time.
     fn save(&mut self) {
         if self.saving || !(self.unsaved.spec || self.unsaved.memory) {
@@ -386,7 +374,8 @@ impl Node {
     }
 
     /// Counts what the store holds, apart from the builds and collections that do it at their end.
-    fn count(&mut self) {
+    pub(super) fn count(&mut self) {
+        self.counted = Instant::now();
         let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
         self.tasks
             .spawn_blocking(move || Done::Counted(work::count(&builder, had_problem)));
@@ -398,8 +387,9 @@ impl Node {
         self.tasks.spawn_blocking(move || work::reread(&builder, change));
     }
 
-    fn counted(&mut self, counted: Counted) {
+    pub(super) fn counted(&mut self, counted: Counted) {
         self.problem = counted.problem;
+        self.room = counted.room;
         if let Some(usage) = counted.usage {
             self.health.metrics().blobs.set(usage.blobs);
             self.health.metrics().stored_bytes.set(usage.stored_bytes);
@@ -435,14 +425,18 @@ impl Node {
             return later;
         }
         let states = manifests.iter().zip(steps);
+        let mut wanted = self.verdict().conditions();
+        if let Some(over) = &self.memory.state.over_limit {
+            wanted.push(Wanted {
+                kind: OVER_LIMIT,
+                status: true,
+                reason: reasons::LIVE_CONTENT,
+                message: over.clone(),
+            });
+        }
         let status = NodeStoreStatus {
             observed_generation: spec.generation,
-            conditions: merge(
-                &observed.status.conditions,
-                self.verdict().conditions(),
-                spec.generation,
-                Timestamp::now(),
-            ),
+            conditions: merge(&observed.status.conditions, wanted, spec.generation, Timestamp::now()),
             store_id: Some(self.builder.store.id().to_owned()),
             road: self.road.map(|road| road.to_string()),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
@@ -468,6 +462,9 @@ impl Node {
         }
         self.writing = true;
         let (client, key) = (self.client.clone(), ObjectKey::new("", &self.node));
+        let (old, new) = (&observed.status.conditions, &status.conditions);
+        self.announcer
+            .warn_of::<NodeStore>(OVER_LIMIT, &key, &observed.uid, old, new, &mut self.announced_over);
         let resource_version = observed.resource_version.clone();
         self.tasks.spawn(async move {
             let written = apply_status::<NodeStore, _>(&client, &key, AGENT_MANAGER, &resource_version, &status).await;
@@ -584,47 +581,6 @@ impl Node {
                 let mut backoff = before.map_or_else(Backoff::slow, |failed| failed.backoff);
                 backoff.failed(now);
                 self.failed.insert(goal.uid.clone(), Failed { goal, failure, backoff });
-            }
-        }
-    }
-
-    fn collected(&mut self, collected: Collected) {
-        let Collected {
-            request,
-            result,
-            refs,
-            counted,
-        } = collected;
-        self.counted(counted);
-        self.collecting = false;
-        match &result {
-            Ok(report) => {
-                info!(
-                    node = self.node,
-                    scanned = report.scanned_blobs,
-                    deleted = report.deleted_blobs,
-                    freed_bytes = report.freed_bytes,
-                    dropped_revisions = report.dropped_history.len(),
-                    dry_run = report.dry_run,
-                    "retention ran"
-                );
-                self.health.metrics().retention_runs.inc();
-                if !report.dry_run {
-                    self.health.metrics().freed_bytes.inc_by(report.freed_bytes);
-                }
-            }
-            Err(error) => warn!(node = self.node, error, "retention failed"),
-        }
-        let noted = result.as_ref().map_err(String::as_str);
-        retention::note(&mut self.memory, request, noted, Timestamp::now());
-        self.unsaved.memory = true;
-        if let Some(refs) = refs {
-            // A build that ended meanwhile is newer than what was read.
-            for (key, entry) in refs {
-                self.refs
-                    .entry(key)
-                    .and_modify(|known| known.history = entry.history.clone())
-                    .or_insert(entry);
             }
         }
     }

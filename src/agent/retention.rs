@@ -5,12 +5,13 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use serde::{Deserialize, Serialize};
+use serde_json::json;
+use tracing::warn;
 
 use crate::api::conditions::whole_seconds;
-use crate::api::{
-    InvalidPolicy, PolicyRules, ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, truncate,
-};
-use crate::store::{Holders, Report, Store, retention};
+use crate::api::{ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, truncate};
+use crate::policy::{limits, limits_of};
+use crate::store::{Collecting, Holders, Removals, Report, RunId, Store, Usage, retention};
 
 /// Longest text about a node's retention in its status, in bytes.
 const MAX_TEXT: usize = 512;
@@ -27,10 +28,28 @@ pub struct Memory {
     pub tried: Option<Timestamp>,
 }
 
+/// Least time between a run and one that is made because there is too little room: what could go has gone, and what
+/// changed since can wait so long.
+const PRESSURE_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_mins(10);
+
+/// The same after a run that left it so because all that is left is needed or fresh.
+const OVER_LIMIT_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
+
+/// Why a run is made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Trigger {
+    Schedule,
+    /// The annotation `larder.dev/requestedAt`.
+    Request,
+    /// The store is over `maxSize`, or the disk under `minFree`.
+    Pressure,
+}
+
 /// When the next run is.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Due {
-    Now,
+    Now(Trigger),
     At(Timestamp),
     Never,
 }
@@ -60,7 +79,7 @@ pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, 
     }
     memory.state.next_run = match due(memory, policy, node, now) {
         Due::At(time) => Some(Time(whole_seconds(time))),
-        Due::Now | Due::Never => None,
+        Due::Now(_) | Due::Never => None,
     };
 }
 
@@ -72,7 +91,11 @@ pub fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: T
             return Due::Never;
         };
         let time = next.checked_add(jitter).unwrap_or(next);
-        if time <= now { Due::Now } else { Due::At(time) }
+        if time <= now {
+            Due::Now(Trigger::Schedule)
+        } else {
+            Due::At(time)
+        }
     };
     let Some(policy) = policy else {
         return built_in_schedule().map_or(Due::Never, |schedule| {
@@ -86,9 +109,60 @@ pub fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: T
         return Due::Never;
     }
     if policy.requested_at.is_some() && policy.requested_at != memory.state.requested_at {
-        return Due::Now;
+        return Due::Now(Trigger::Request);
     }
     scheduled(&schedule, jitter(node, &policy.uid, longest))
+}
+
+/// Whether a policy wants a run because of the room that there is, whatever its schedule.
+pub fn is_pressed(memory: &Memory, policy: Option<&ProjectedPolicy>, room: Option<Room>, now: Timestamp) -> bool {
+    let (Some(policy), Some(room)) = (policy, room) else {
+        return false;
+    };
+    // The clock may have been set back since.
+    let pause = match memory.state.over_limit {
+        None => PRESSURE_PAUSE,
+        Some(_) => OVER_LIMIT_PAUSE,
+    };
+    let recently = memory
+        .tried
+        .is_some_and(|tried| now.duration_since(tried).abs() < pause);
+    if recently || policy.rules.suspend || policy.rules.dry_run || policy.rules.check().is_err() {
+        return false;
+    }
+    limits_of(&policy.rules, room.total).is_ok_and(|limits| {
+        limits.max_size.is_some_and(|most| room.size > most) || limits.min_free.is_some_and(|least| room.free < least)
+    })
+}
+
+/// The room that the store takes and has, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Objects, manifests and images together.
+    pub size: u64,
+    /// Free on the file system.
+    pub free: u64,
+    /// The file system's size.
+    pub total: u64,
+}
+
+impl Room {
+    /// Blocks.
+    pub fn of(store: &Store) -> Option<Room> {
+        let Usage {
+            blob_bytes,
+            manifest_bytes,
+            image_bytes,
+            free,
+            ..
+        } = store.usage().ok()?;
+        let stat = rustix::fs::statvfs(store.root()).ok()?;
+        Some(Room {
+            size: blob_bytes.saturating_add(manifest_bytes).saturating_add(image_bytes),
+            free,
+            total: stat.f_blocks.saturating_mul(stat.f_frsize),
+        })
+    }
 }
 
 fn built_in_schedule() -> Option<Schedule> {
@@ -103,39 +177,45 @@ fn jitter(node: &str, policy: &str, longest: Duration) -> Duration {
     Duration::from_secs((longest.as_secs_f64() * f64::from(share) / f64::from(u32::MAX)) as u64)
 }
 
-/// Runs retention now. Blocks.
+/// How a run is made.
+pub struct How<'a> {
+    pub policy: Option<&'a ProjectedPolicy>,
+    pub trigger: Trigger,
+    /// Most files removed in a second.
+    pub rate: Option<std::num::NonZeroU64>,
+    pub cancel: &'a std::sync::atomic::AtomicBool,
+}
+
+/// Runs retention now, and keeps the record of the run. Blocks.
 ///
 /// # Errors
 /// What kept the run from being made, for the status.
-pub fn run(store: &Store, holders: &dyn Holders, policy: Option<&ProjectedPolicy>) -> Result<Report, String> {
-    let (policy, dry_run) = match policy {
+pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, Option<RunId>), String> {
+    let (policy, dry_run) = match how.policy {
         None => (retention::Policy::built_in(), false),
         Some(policy) => {
-            let total = file_system_size(store).map_err(|error| format!("cannot tell the disk's size: {error}"))?;
-            (
-                translate(&policy.rules, total).map_err(|invalid| invalid.to_string())?,
-                policy.rules.dry_run,
-            )
+            let limits = limits(&policy.rules, store).map_err(|error| error.to_string())?;
+            (limits, policy.rules.dry_run)
         }
     };
-    store
-        .collect(&policy, holders, dry_run, SystemTime::now())
-        .map_err(|error| error.to_string())
-}
-
-fn file_system_size(store: &Store) -> std::io::Result<u64> {
-    let stat = rustix::fs::statvfs(store.root())?;
-    Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
-}
-
-fn translate(rules: &PolicyRules, total: u64) -> Result<retention::Policy, InvalidPolicy> {
-    Ok(retention::Policy {
-        max_age: rules.max_age()?,
-        max_size: rules.max_size()?,
-        min_free: rules.min_free(total)?,
-        min_copies: rules.min_copies,
-        grace: rules.grace()?,
-    })
+    let collecting = Collecting {
+        dry_run,
+        now: SystemTime::now(),
+        rate: how.rate,
+        cancel: how.cancel,
+    };
+    let (report, removals): (Report, Removals) = store
+        .collect_with(&policy, holders, &collecting)
+        .map_err(|error| error.to_string())?;
+    if how.trigger == Trigger::Pressure && removals.is_empty() {
+        // There may be one each hour, and what other runs did is worth more.
+        return Ok((report, None));
+    }
+    let about = json!({"trigger": how.trigger, "policy": how.policy});
+    let recorded = store
+        .record_run(&report, &removals, &about)
+        .inspect_err(|error| warn!(%error, "the run is not recorded"));
+    Ok((report, recorded.ok()))
 }
 
 /// Notes what a run did, or why it could not be made.
@@ -179,6 +259,29 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
     }
 }
 
+/// What a run did, in a sentence.
+pub fn summary(report: &Report, trigger: Trigger, record: Option<&RunId>) -> String {
+    let trigger = match trigger {
+        Trigger::Schedule => "as scheduled",
+        Trigger::Request => "as requested",
+        Trigger::Pressure => "for want of room",
+    };
+    let verb = if report.dry_run { "would delete" } else { "deleted" };
+    let more = record
+        .map(|id| format!("; `larder store runs {id}` says what and why"))
+        .unwrap_or_default();
+    let counted = |count: u64, what: &str| match count {
+        1 => format!("1 {what}"),
+        count => format!("{count} {what}s"),
+    };
+    format!(
+        "{trigger}: {verb} {} and {} of history, {} in all{more}",
+        counted(report.deleted_blobs, "content"),
+        counted(report.dropped_history.len() as u64, "revision"),
+        human_size(report.freed_bytes)
+    )
+}
+
 /// Bytes per cause, the largest first.
 fn over_limit(over: &retention::OverLimit) -> String {
     let causes = over.causes.largest_first().into_iter();
@@ -190,7 +293,18 @@ fn over_limit(over: &retention::OverLimit) -> String {
         (_, Some(min)) => format!("{} free of at least {}", human_size(over.free), human_size(min)),
         _ => human_size(over.size),
     };
-    format!("{limit}: {}", causes.join(", "))
+    let holders = over.largest.iter().filter(|holder| holder.exclusive > 0);
+    let holders: Vec<String> = holders
+        .map(|holder| {
+            let by = holder.needed_by.first().map_or("-", String::as_str);
+            format!("{by} {}", human_size(holder.exclusive))
+        })
+        .collect();
+    let holders = match holders.is_empty() {
+        true => String::new(),
+        false => format!("; most is held by {}", holders.join(", ")),
+    };
+    format!("{limit}: {}{holders}", causes.join(", "))
 }
 
 #[cfg(test)]
@@ -221,7 +335,10 @@ mod tests {
             Due::At(at("2026-01-02T03:00:00Z"))
         );
         // Three days later the agent comes back.
-        assert_eq!(due(&memory, Some(&policy), "n", at("2026-01-04T10:00:00Z")), Due::Now);
+        assert_eq!(
+            due(&memory, Some(&policy), "n", at("2026-01-04T10:00:00Z")),
+            Due::Now(Trigger::Schedule)
+        );
         ran(&mut memory, "2026-01-04T10:00:00Z");
         assert_eq!(
             due(&memory, Some(&policy), "n", at("2026-01-04T10:00:01Z")),
@@ -237,7 +354,7 @@ mod tests {
         adopt(&mut memory, Some(&policy), "n", now);
         assert!(matches!(due(&memory, Some(&policy), "n", now), Due::At(_)));
         policy.requested_at = Some("1".into());
-        assert_eq!(due(&memory, Some(&policy), "n", now), Due::Now);
+        assert_eq!(due(&memory, Some(&policy), "n", now), Due::Now(Trigger::Request));
         note(&mut memory, policy.requested_at.clone(), Err("disk on fire"), now);
         assert!(matches!(due(&memory, Some(&policy), "n", now), Due::At(_)));
         assert_eq!(memory.state.problem.as_deref(), Some("disk on fire"));
@@ -282,6 +399,66 @@ mod tests {
             (&memory.state.problem, &memory.state.policy_uid, &memory.tried),
             (&None, &None, &None)
         );
+    }
+
+    #[test]
+    fn too_little_room_is_a_reason_for_a_run_but_not_again_and_again() {
+        let gib = 1u64 << 30;
+        let room = |size: u64, free: u64| {
+            Some(Room {
+                size: size * gib,
+                free: free * gib,
+                total: 100 * gib,
+            })
+        };
+        let limited = policy(json!({"maxSize": "50Gi", "minFree": "10%"}));
+        let mut memory = Memory::default();
+        let now = at("2026-01-01T12:00:00Z");
+        adopt(&mut memory, Some(&limited), "n", now);
+        for (room, pressed) in [
+            (room(50, 10), false),
+            (room(51, 10), true),
+            (room(50, 9), true),
+            (None, false),
+        ] {
+            assert_eq!(is_pressed(&memory, Some(&limited), room, now), pressed, "{room:?}");
+        }
+        assert!(
+            !is_pressed(&memory, None, room(99, 0), now),
+            "the built-in policy has no limits"
+        );
+        for rules in [
+            json!({"maxSize": "1Gi", "suspend": true}),
+            json!({"maxSize": "1Gi", "dryRun": true}),
+            json!({"maxSize": "1Gi", "maxAge": "soon"}),
+            json!({}),
+        ] {
+            assert!(
+                !is_pressed(&memory, Some(&policy(rules.clone())), room(99, 0), now),
+                "{rules}"
+            );
+        }
+        ran(&mut memory, "2026-01-01T12:00:00Z");
+        for (time, pressed) in [
+            ("2026-01-01T12:09:59Z", false),
+            ("2026-01-01T12:10:00Z", true),
+            // The clock was set back by a day.
+            ("2025-12-31T12:00:00Z", true),
+        ] {
+            assert_eq!(
+                is_pressed(&memory, Some(&limited), room(51, 0), at(time)),
+                pressed,
+                "{time}"
+            );
+        }
+        memory.state.over_limit = Some("current trees 51Gi".into());
+        for (time, pressed) in [("2026-01-01T12:59:59Z", false), ("2026-01-01T13:00:00Z", true)] {
+            assert_eq!(
+                is_pressed(&memory, Some(&limited), room(51, 0), at(time)),
+                pressed,
+                "{time}"
+            );
+        }
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What the node's loop has done on other threads, and what comes back.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -8,10 +9,11 @@ use tracing::warn;
 
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
+use super::retention::{Room, Trigger};
 use super::{retention, saved};
 use crate::api::{NodeStore, Parsed, ProjectedManifest, ProjectedPolicy, StoreUsage, human_size};
 use crate::cluster::{ObjectKey, WriteError};
-use crate::store::{self, Ref, RefName, Report};
+use crate::store::{self, Ref, RefName, Report, RunId};
 
 /// What ended on another thread.
 pub enum Done {
@@ -47,7 +49,8 @@ pub struct Built {
 /// A retention run's end.
 pub struct Collected {
     pub request: Option<String>,
-    pub result: Result<Report, String>,
+    pub trigger: Trigger,
+    pub result: Result<(Report, Option<RunId>), String>,
     pub refs: Option<BTreeMap<ObjectKey, Ref>>,
     pub counted: Counted,
 }
@@ -55,6 +58,7 @@ pub struct Collected {
 /// What the store takes, and what of it cannot be read.
 pub struct Counted {
     pub usage: Option<StoreUsage>,
+    pub room: Option<Room>,
     pub problem: Option<String>,
 }
 
@@ -96,17 +100,30 @@ pub fn retire(builder: &Builder, key: ObjectKey, owner: &str) -> Done {
 }
 
 /// Runs retention.
-pub fn collect(builder: &Builder, policy: Option<ProjectedPolicy>, had_problem: bool) -> Collected {
+pub fn collect(
+    builder: &Builder,
+    policy: Option<ProjectedPolicy>,
+    trigger: Trigger,
+    limits: (Option<NonZeroU64>, &AtomicBool),
+    had_problem: bool,
+) -> Collected {
     // What only waits for a next layer is not in use; also for a dry run, which is to say what a real one would do.
     if let Err(error) = builder.layers.unmount_unused(Duration::ZERO) {
         warn!(%error, "cannot unmount a tree that no layer shows any more; it counts as in use");
     }
-    let result = retention::run(&builder.store, &builder.layers, policy.as_ref());
+    let how = retention::How {
+        policy: policy.as_ref(),
+        trigger,
+        rate: limits.0,
+        cancel: limits.1,
+    };
+    let result = retention::run(&builder.store, &builder.layers, &how);
     let request = policy.and_then(|policy| policy.requested_at);
     let refs = read_refs(builder).ok().map(|(refs, _)| refs);
     let counted = count(builder, had_problem);
     Collected {
         request,
+        trigger,
         result,
         refs,
         counted,
@@ -154,5 +171,9 @@ pub fn count(builder: &Builder, had_problem: bool) -> Counted {
         Ok((_, problem)) => problem,
         Err(error) => Some(error.to_string()),
     });
-    Counted { usage, problem }
+    Counted {
+        usage,
+        room: Room::of(&builder.store),
+        problem,
+    }
 }

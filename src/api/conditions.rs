@@ -91,6 +91,10 @@ pub mod reasons {
         APPLYING = "Applying";
         /// A retention run failed on a node, or something unreadable kept it from deleting.
         RUN_FAILED = "RunFailed";
+        /// A retention run deleted something; in events.
+        RETENTION_RAN = "RetentionRan";
+        /// A retention run under a policy with `dryRun` would have deleted something; in events.
+        RETENTION_DRY_RUN = "RetentionDryRun";
         /// A store works.
         SERVING = "Serving";
     }

@@ -22,8 +22,10 @@ mod interrupt;
 mod io;
 mod layers;
 mod list;
+mod policy;
 mod put;
 mod resolve;
+mod runs;
 mod show;
 mod site;
 mod stats;
@@ -112,6 +114,7 @@ enum Read {
     Dedup(figures::DedupArgs),
     Analytics(figures::AnalyticsArgs),
     Layers(layers::ListLayers),
+    Runs(runs::Runs),
 }
 
 /// The commands that change the store: run under its lock, here or by the agent that has it.
@@ -123,6 +126,7 @@ enum Write {
     Build(build::BuildTree),
     Forget(trees::Forget),
     Gc(collect::Gc),
+    Plan(collect::Plan),
     Verify(verify::Verify),
     Mount(layers::Mount),
     Umount(layers::Umount),
@@ -144,6 +148,7 @@ impl Read {
             Read::Dedup(args) => args.run(store, io),
             Read::Analytics(args) => args.run(store, io),
             Read::Layers(args) => args.run(store, io),
+            Read::Runs(args) => args.run(store, io),
         }
     }
 
@@ -164,12 +169,9 @@ impl Write {
             Write::Put(args) => args.open(),
             Write::Build(args) => args.open(),
             Write::Verify(args) => args.open(),
-            Write::Rm(_)
-            | Write::Forget(_)
-            | Write::Gc(_)
-            | Write::Mount(_)
-            | Write::Umount(_)
-            | Write::Snapshot(_) => Ok(Vec::new()),
+            Write::Gc(args) => args.open().map(|()| Vec::new()),
+            Write::Plan(args) => args.open().map(|()| Vec::new()),
+            Write::Rm(_) | Write::Forget(_) | Write::Mount(_) | Write::Umount(_) | Write::Snapshot(_) => Ok(Vec::new()),
         }
     }
 
@@ -181,6 +183,7 @@ impl Write {
             Write::Build(args) => args.run(site, files, io),
             Write::Forget(args) => args.run(site, io),
             Write::Gc(args) => args.run(site, io),
+            Write::Plan(args) => args.run(site, io),
             Write::Verify(args) => args.run(site, files, io),
             Write::Mount(args) => args.run(site, io),
             Write::Umount(args) => args.run(site, io),

@@ -65,7 +65,7 @@ impl Announcer {
     }
 
     /// Publishes an event about the object. A lost event is logged, never waited for.
-    fn announce<K: Resource<DynamicType = ()>>(
+    pub fn announce<K: Resource<DynamicType = ()>>(
         &self,
         key: &ObjectKey,
         uid: &str,

@@ -8,5 +8,6 @@ mod agent;
 mod deploy;
 mod flow;
 mod harness;
+mod retention;
 mod rules;
 mod units;

@@ -9,6 +9,7 @@ mod failing;
 mod figures;
 mod layers;
 mod reading;
+mod retention;
 mod verifying;
 mod writing;
 

@@ -236,9 +236,13 @@ pub fn holes_are_kept(source: &Path, copy: &Path, zeros: &mut BTreeSet<u64>, wha
     let (before, after) = (files(source), files(copy));
     visit(source, &mut |folder, name, path| {
         let written = before.get(path).is_some_and(|(_, data)| !data.is_empty());
-        let file = || std::fs::read(format!("/proc/self/fd/{}", open(folder, name).as_raw_fd())).unwrap();
+        let content = || {
+            let mut content = Vec::new();
+            File::from(open(folder, name)).read_to_end(&mut content).unwrap();
+            content
+        };
         if written
-            && let content = file()
+            && let content = content()
             && content.iter().all(|byte| *byte == 0)
         {
             zeros.insert(content.len() as u64);

@@ -1,0 +1,122 @@
+//! Retention in the node's loop: when a run begins, and what becomes of its end.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tracing::{info, warn};
+
+use super::node::{Node, TICK};
+use super::retention::{self, Due, Trigger};
+use super::work::{self, Collected, Done};
+use crate::api::NodeStore;
+use crate::api::conditions::reasons;
+use crate::cluster::ObjectKey;
+use crate::store::{Report, RunId};
+
+/// How often it is looked how much room there is.
+const LOOK: Duration = Duration::from_secs(60);
+
+impl Node {
+    /// Begins a run if one is due; gives the time of the next look.
+    pub(super) fn retention(&mut self, now: Instant) -> Instant {
+        let policy = self.spec.as_ref().and_then(|spec| spec.spec.retention.clone());
+        // Before the first spec nobody knows which policy is in force.
+        if self.spec.is_none() || self.collecting.is_some() {
+            return now + TICK;
+        }
+        if now.duration_since(self.counted) > LOOK {
+            // Others use the disk, too.
+            self.count();
+        }
+        let time = Timestamp::now();
+        let before = self.memory.clone();
+        retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
+        self.unsaved.memory |= self.memory != before;
+        let due = match retention::is_pressed(&self.memory, policy.as_ref(), self.room, time) {
+            true => Due::Now(Trigger::Pressure),
+            false => retention::due(&self.memory, policy.as_ref(), &self.node, time),
+        };
+        match due {
+            Due::Never => now + TICK,
+            Due::At(at) => {
+                now + Duration::try_from(at.duration_since(time))
+                    .unwrap_or_default()
+                    .min(TICK)
+            }
+            // What should go may still be on its way into history.
+            Due::Now(_) if !self.retiring.is_empty() => now + Duration::from_millis(50),
+            Due::Now(trigger) => {
+                let cancel = Arc::new(AtomicBool::new(false));
+                self.collecting = Some(cancel.clone());
+                let (builder, had_problem, rate) = (self.builder.clone(), self.problem.is_some(), self.removal_rate);
+                self.tasks.spawn_blocking(move || {
+                    let collected = work::collect(&builder, policy, trigger, (rate, &cancel), had_problem);
+                    Done::Collected(Box::new(collected))
+                });
+                now + TICK
+            }
+        }
+    }
+
+    pub(super) fn collected(&mut self, collected: Collected) {
+        let Collected {
+            request,
+            trigger,
+            result,
+            refs,
+            counted,
+        } = collected;
+        self.counted(counted);
+        self.collecting = None;
+        match &result {
+            Ok((report, record)) => {
+                info!(
+                    node = self.node,
+                    ?trigger,
+                    record = record.as_ref().map(tracing::field::display),
+                    scanned = report.scanned_blobs,
+                    deleted = report.deleted_blobs,
+                    freed_bytes = report.freed_bytes,
+                    dropped_revisions = report.dropped_history.len(),
+                    dry_run = report.dry_run,
+                    "retention ran"
+                );
+                self.health.metrics().retention_runs.inc();
+                if !report.dry_run {
+                    self.health.metrics().freed_bytes.inc_by(report.freed_bytes);
+                }
+                self.announce_run(report, trigger, record.as_ref());
+            }
+            Err(error) => warn!(node = self.node, error, "retention failed"),
+        }
+        let noted = result.as_ref().map(|(report, _)| report).map_err(String::as_str);
+        retention::note(&mut self.memory, request, noted, Timestamp::now());
+        self.unsaved.memory = true;
+        if let Some(refs) = refs {
+            // A build that ended meanwhile is newer than what was read.
+            for (key, entry) in refs {
+                self.refs
+                    .entry(key)
+                    .and_modify(|known| known.history = entry.history.clone())
+                    .or_insert(entry);
+            }
+        }
+    }
+
+    /// Says in an event what a run did, if it did anything.
+    fn announce_run(&self, report: &Report, trigger: Trigger, record: Option<&RunId>) {
+        let Some(observed) = self.observed.as_ref().filter(|_| !report.decisions.is_empty()) else {
+            return;
+        };
+        let reason = match report.dry_run {
+            true => reasons::RETENTION_DRY_RUN,
+            false => reasons::RETENTION_RAN,
+        };
+        let note = retention::summary(report, trigger, record);
+        let key = ObjectKey::new("", &self.node);
+        self.announcer
+            .announce::<NodeStore>(&key, &observed.uid, false, reason, &note);
+    }
+}

@@ -1,0 +1,34 @@
+//! The rules of a RetentionPolicy as a store takes them: between `api`, which knows no store, and `store`, which knows no
+//! resources.
+
+use std::io;
+
+use crate::api::{InvalidPolicy, PolicyRules};
+use crate::store::Reader;
+use crate::store::retention::Policy;
+
+/// Why a policy has no meaning for a store.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(transparent)]
+    Invalid(#[from] InvalidPolicy),
+    #[error("cannot tell the size of the store's disk, of which minFree is a part: {0}")]
+    Disk(io::Error),
+}
+
+/// What the rules mean for this store: a part of the disk depends on its size.
+pub fn limits(rules: &PolicyRules, store: &Reader) -> Result<Policy, Error> {
+    let stat = rustix::fs::statvfs(store.root()).map_err(|e| Error::Disk(e.into()))?;
+    limits_of(rules, stat.f_blocks.saturating_mul(stat.f_frsize)).map_err(Error::from)
+}
+
+/// What the rules mean on a file system of `total` bytes.
+pub fn limits_of(rules: &PolicyRules, total: u64) -> Result<Policy, InvalidPolicy> {
+    Ok(Policy {
+        max_age: rules.max_age()?,
+        max_size: rules.max_size()?,
+        min_free: rules.min_free(total)?,
+        min_copies: rules.min_copies,
+        grace: rules.grace()?,
+    })
+}

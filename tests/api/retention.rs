@@ -1,0 +1,107 @@
+//! Retention by itself: for want of room, and what is told of it.
+
+use kube::Api;
+use kube::api::{DeleteParams, PostParams};
+use larder::api::conditions::{OVER_LIMIT, find};
+use larder::api::{NodeStore, RetentionPolicy};
+use serde_json::{Value, json};
+
+use crate::support::{PATIENCE, Site, eventually, unique, write_files};
+
+/// Events about the site's node: type, reason and note of each.
+fn events(site: &Site) -> Vec<[String; 3]> {
+    let shown = site
+        .cluster
+        .kubectl_ok(["get", "events.v1.events.k8s.io", "-n", "default", "-o", "json"]);
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    let items = shown["items"].as_array().unwrap().iter();
+    let ours = items.filter(|event| event["regarding"]["name"] == site.node.as_str());
+    ours.map(|event| ["type", "reason", "note"].map(|field| event[field].as_str().unwrap_or_default().to_owned()))
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free() {
+    let site = Site::start("pressure").await;
+    write_files(&site.source("base"), 10, "first");
+    site.create_manifest("base", json!({"revisionHistoryLimit": 3})).await;
+    let first = site.manifest_says("base", "True", "Stored").await.status.unwrap();
+    write_files(&site.source("base"), 10, "second");
+    site.request("base").await;
+    eventually(PATIENCE, "it is built again", async || {
+        let status = site.manifests().await.get("base").await.unwrap().status.unwrap();
+        match status.digest != first.digest && status.digest.is_some() {
+            true => Ok(()),
+            false => Err(format!("{status:?}")),
+        }
+    })
+    .await;
+    assert_eq!(site.blobs().len(), 20);
+
+    // Its schedule comes on the first of January; but there is to be next to nothing.
+    let policies = Api::<RetentionPolicy>::all(site.cluster.client().await);
+    let name = unique("pressure");
+    let policy = json!({"apiVersion": "larder.dev/v1alpha1", "kind": "RetentionPolicy", "metadata": {"name": name},
+        "spec": {"nodeSelector": {"site": site.node}, "schedule": "0 0 1 1 *", "maxSize": "1", "gracePeriod": "0s"}});
+    policies
+        .create(&PostParams::default(), &serde_json::from_value(policy).unwrap())
+        .await
+        .unwrap();
+    let stores = Api::<NodeStore>::all(site.cluster.client().await);
+    let over = eventually(PATIENCE * 2, "the run and what it could not free", async || {
+        let status = stores.get(&site.node).await.unwrap().status.unwrap_or_default();
+        find(&status.conditions, OVER_LIMIT)
+            .cloned()
+            .ok_or(format!("{status:?}"))
+    })
+    .await;
+    assert_eq!(over.status, "True");
+    for said in ["of at most 1", "current trees", "base"] {
+        assert!(over.message.contains(said), "{}", over.message);
+    }
+    assert_eq!(site.blobs().len(), 10, "the former tree went, the one in use did not");
+    eventually(PATIENCE, "the policy says so", async || {
+        let status = policies.get(&name).await.unwrap().status.unwrap_or_default();
+        match find(&status.conditions, OVER_LIMIT).is_some() && status.nodes.as_ref().is_some_and(|n| n.over_limit == 1)
+        {
+            true => Ok(()),
+            false => Err(format!("{status:?}")),
+        }
+    })
+    .await;
+
+    // What it did, in an event and on the node.
+    let said = eventually(PATIENCE, "the events", async || {
+        let events = events(&site);
+        let count = |kind: &str, reason: &str| events.iter().filter(|[a, b, _]| a == kind && b == reason).count();
+        match (count("Normal", "RetentionRan"), count("Warning", "LiveContent")) {
+            (1, 1) => Ok(events),
+            (runs, warnings) if runs > 1 || warnings > 1 => panic!("each once: {events:?}"),
+            _ => Err(format!("{events:?}")),
+        }
+    })
+    .await;
+    let note = &said.iter().find(|[_, reason, _]| reason == "RetentionRan").unwrap()[2];
+    assert!(
+        note.contains("for want of room") && note.contains("10 contents and 1 revision of history"),
+        "{note}"
+    );
+    let runs = std::process::Command::new(env!("CARGO_BIN_EXE_larder"))
+        .args(["store", "-o", "json", "runs", "last", "--store"])
+        .arg(site.root())
+        .output()
+        .unwrap();
+    let run: Value = serde_json::from_slice(&runs.stdout).unwrap();
+    assert_eq!(
+        (&run["about"]["trigger"], &run["about"]["policy"]["name"]),
+        (&json!("pressure"), &json!(name))
+    );
+    assert_eq!(
+        run["items"].as_array().unwrap().len(),
+        11,
+        "ten contents and a manifest: {run}"
+    );
+    assert!(note.contains(run["id"].as_str().unwrap()), "{note}");
+    site.check_store();
+    policies.delete(&name, &DeleteParams::default()).await.unwrap();
+}
