@@ -30,6 +30,20 @@ struct Place {
     dir: tempfile::TempDir,
 }
 
+/// What layers of the store shared stays mounted for the next one, of which there is none any more.
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mounts = layer::mountinfo::of_self().unwrap_or_default();
+        for mount in mounts
+            .iter()
+            .rev()
+            .filter(|mount| mount.point.starts_with(self.dir.path()))
+        {
+            let _ = rustix::mount::unmount(&mount.point, rustix::mount::UnmountFlags::DETACH);
+        }
+    }
+}
+
 impl Place {
     fn new() -> Self {
         assert!(rustix::process::geteuid().is_root(), "this test needs root");
