@@ -18,8 +18,13 @@ pub enum Error {
 
 /// What the rules mean for this store: a part of the disk depends on its size.
 pub fn limits(rules: &PolicyRules, store: &Reader) -> Result<Policy, Error> {
-    let stat = rustix::fs::statvfs(store.root()).map_err(|e| Error::Disk(e.into()))?;
-    limits_of(rules, stat.f_blocks.saturating_mul(stat.f_frsize)).map_err(Error::from)
+    Ok(limits_of(rules, disk_size(store).map_err(Error::Disk)?)?)
+}
+
+/// Bytes of the file system that a store is on.
+pub fn disk_size(store: &Reader) -> io::Result<u64> {
+    let stat = rustix::fs::statvfs(store.root())?;
+    Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
 }
 
 /// What the rules mean on a file system of `total` bytes.

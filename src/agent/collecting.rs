@@ -1,17 +1,16 @@
 //! Retention in the node's loop: when a run begins, and what becomes of its end.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tracing::{info, warn};
 
 use super::node::{Node, TICK};
-use super::retention::{self, Due, Trigger};
+use super::retention::{self, Due, How, Room, Trigger};
 use super::work::{self, Collected, Done};
-use crate::api::NodeStore;
 use crate::api::conditions::reasons;
+use crate::api::{NodeStore, PolicyRules, ProjectedPolicy};
 use crate::cluster::ObjectKey;
 use crate::store::{Report, RunId};
 
@@ -26,10 +25,7 @@ impl Node {
         if self.spec.is_none() || self.collecting.is_some() {
             return now + TICK;
         }
-        if now.duration_since(self.counted) > LOOK {
-            // Others use the disk, too.
-            self.count();
-        }
+        self.look(policy.as_ref(), now);
         let time = Timestamp::now();
         let before = self.memory.clone();
         retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
@@ -48,15 +44,30 @@ impl Node {
             // What should go may still be on its way into history.
             Due::Now(_) if !self.retiring.is_empty() => now + Duration::from_millis(50),
             Due::Now(trigger) => {
-                let cancel = Arc::new(AtomicBool::new(false));
-                self.collecting = Some(cancel.clone());
-                let (builder, had_problem, rate) = (self.builder.clone(), self.problem.is_some(), self.removal_rate);
-                self.tasks.spawn_blocking(move || {
-                    let collected = work::collect(&builder, policy, trigger, (rate, &cancel), had_problem);
-                    Done::Collected(Box::new(collected))
-                });
+                let how = How {
+                    policy,
+                    trigger,
+                    rate: self.removal_rate,
+                    cancel: Arc::default(),
+                };
+                self.collecting = Some(how.cancel.clone());
+                let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
+                self.tasks
+                    .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, how, had_problem))));
                 now + TICK
             }
+        }
+    }
+
+    /// Looks now and then how much room there is, for a policy that asks for some: others use the disk, too.
+    fn look(&mut self, policy: Option<&ProjectedPolicy>, now: Instant) {
+        let asks = |rules: &PolicyRules| rules.max_size.is_some() || rules.min_free.is_some();
+        let is_due = self.looked.is_none_or(|looked| now.duration_since(looked) > LOOK);
+        if is_due && policy.is_some_and(|policy| asks(&policy.rules)) {
+            self.looked = Some(now);
+            let builder = self.builder.clone();
+            self.tasks
+                .spawn_blocking(move || Done::Looked(Room::of(&builder.store)));
         }
     }
 

@@ -104,7 +104,8 @@ pub struct Node {
     pub(super) collecting: Option<Arc<AtomicBool>>,
     pub(super) removal_rate: Option<NonZeroU64>,
     pub(super) room: Option<Room>,
-    pub(super) counted: Instant,
+    /// When the room was looked at last.
+    pub(super) looked: Option<Instant>,
     pub(super) announcer: Announcer,
     announced_over: Option<Said>,
     pub(super) unsaved: Unsaved,
@@ -146,7 +147,7 @@ impl Node {
             collecting: None,
             removal_rate: start.removal_rate,
             room: None,
-            counted: now,
+            looked: None,
             announced_over: None,
             unsaved: Unsaved::default(),
             saving: false,
@@ -374,8 +375,7 @@ impl Node {
     }
 
     /// Counts what the store holds, apart from the builds and collections that do it at their end.
-    pub(super) fn count(&mut self) {
-        self.counted = Instant::now();
+    fn count(&mut self) {
         let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
         self.tasks
             .spawn_blocking(move || Done::Counted(work::count(&builder, had_problem)));
@@ -389,7 +389,6 @@ impl Node {
 
     pub(super) fn counted(&mut self, counted: Counted) {
         self.problem = counted.problem;
-        self.room = counted.room;
         if let Some(usage) = counted.usage {
             self.health.metrics().blobs.set(usage.blobs);
             self.health.metrics().stored_bytes.set(usage.stored_bytes);
@@ -511,6 +510,7 @@ impl Node {
                 }
             }
             Done::Counted(counted) => self.counted(counted),
+            Done::Looked(room) => self.room = room,
             Done::Reread { change, .. } if change != self.ref_changes => self.reread(),
             Done::Reread { refs, counted, .. } => {
                 self.counted(counted);

@@ -1,5 +1,8 @@
 //! Retention on a node: when a run is due, and running it.
 
+use std::num::NonZeroU64;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
@@ -10,7 +13,7 @@ use tracing::warn;
 
 use crate::api::conditions::whole_seconds;
 use crate::api::{ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, truncate};
-use crate::policy::{limits, limits_of};
+use crate::policy::{disk_size, limits, limits_of};
 use crate::store::{Collecting, Holders, Removals, Report, RunId, Store, Usage, retention};
 
 /// Longest text about a node's retention in its status, in bytes.
@@ -156,11 +159,10 @@ impl Room {
             free,
             ..
         } = store.usage().ok()?;
-        let stat = rustix::fs::statvfs(store.root()).ok()?;
         Some(Room {
             size: blob_bytes.saturating_add(manifest_bytes).saturating_add(image_bytes),
             free,
-            total: stat.f_blocks.saturating_mul(stat.f_frsize),
+            total: disk_size(store).ok()?,
         })
     }
 }
@@ -178,12 +180,12 @@ fn jitter(node: &str, policy: &str, longest: Duration) -> Duration {
 }
 
 /// How a run is made.
-pub struct How<'a> {
-    pub policy: Option<&'a ProjectedPolicy>,
+pub struct How {
+    pub policy: Option<ProjectedPolicy>,
     pub trigger: Trigger,
     /// Most files removed in a second.
-    pub rate: Option<std::num::NonZeroU64>,
-    pub cancel: &'a std::sync::atomic::AtomicBool,
+    pub rate: Option<NonZeroU64>,
+    pub cancel: Arc<AtomicBool>,
 }
 
 /// Runs retention now, and keeps the record of the run. Blocks.
@@ -191,7 +193,7 @@ pub struct How<'a> {
 /// # Errors
 /// What kept the run from being made, for the status.
 pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, Option<RunId>), String> {
-    let (policy, dry_run) = match how.policy {
+    let (policy, dry_run) = match &how.policy {
         None => (retention::Policy::built_in(), false),
         Some(policy) => {
             let limits = limits(&policy.rules, store).map_err(|error| error.to_string())?;
@@ -202,7 +204,7 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
         dry_run,
         now: SystemTime::now(),
         rate: how.rate,
-        cancel: how.cancel,
+        cancel: &how.cancel,
     };
     let (report, removals): (Report, Removals) = store
         .collect_with(&policy, holders, &collecting)

@@ -1,7 +1,6 @@
 //! What the node's loop has done on other threads, and what comes back.
 
 use std::collections::BTreeMap;
-use std::num::NonZeroU64;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,9 +8,9 @@ use tracing::warn;
 
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
-use super::retention::{Room, Trigger};
+use super::retention::{How, Room, Trigger};
 use super::{retention, saved};
-use crate::api::{NodeStore, Parsed, ProjectedManifest, ProjectedPolicy, StoreUsage, human_size};
+use crate::api::{NodeStore, Parsed, ProjectedManifest, StoreUsage, human_size};
 use crate::cluster::{ObjectKey, WriteError};
 use crate::store::{self, Ref, RefName, Report, RunId};
 
@@ -25,6 +24,7 @@ pub enum Done {
     Collected(Box<Collected>),
     Saved(Result<(), saved::FileError>),
     Counted(Counted),
+    Looked(Option<Room>),
     /// All refs, as they were after so many changes of the loop's own.
     Reread {
         change: u64,
@@ -58,7 +58,6 @@ pub struct Collected {
 /// What the store takes, and what of it cannot be read.
 pub struct Counted {
     pub usage: Option<StoreUsage>,
-    pub room: Option<Room>,
     pub problem: Option<String>,
 }
 
@@ -100,30 +99,18 @@ pub fn retire(builder: &Builder, key: ObjectKey, owner: &str) -> Done {
 }
 
 /// Runs retention.
-pub fn collect(
-    builder: &Builder,
-    policy: Option<ProjectedPolicy>,
-    trigger: Trigger,
-    limits: (Option<NonZeroU64>, &AtomicBool),
-    had_problem: bool,
-) -> Collected {
+pub fn collect(builder: &Builder, how: How, had_problem: bool) -> Collected {
     // What only waits for a next layer is not in use; also for a dry run, which is to say what a real one would do.
     if let Err(error) = builder.layers.unmount_unused(Duration::ZERO) {
         warn!(%error, "cannot unmount a tree that no layer shows any more; it counts as in use");
     }
-    let how = retention::How {
-        policy: policy.as_ref(),
-        trigger,
-        rate: limits.0,
-        cancel: limits.1,
-    };
     let result = retention::run(&builder.store, &builder.layers, &how);
-    let request = policy.and_then(|policy| policy.requested_at);
+    let request = how.policy.and_then(|policy| policy.requested_at);
     let refs = read_refs(builder).ok().map(|(refs, _)| refs);
     let counted = count(builder, had_problem);
     Collected {
         request,
-        trigger,
+        trigger: how.trigger,
         result,
         refs,
         counted,
@@ -171,9 +158,5 @@ pub fn count(builder: &Builder, had_problem: bool) -> Counted {
         Ok((_, problem)) => problem,
         Err(error) => Some(error.to_string()),
     });
-    Counted {
-        usage,
-        room: Room::of(&builder.store),
-        problem,
-    }
+    Counted { usage, problem }
 }
