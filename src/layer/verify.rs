@@ -58,30 +58,30 @@ impl Inner {
             if cancel.load(Ordering::Relaxed) {
                 break;
             }
-            self.trees.with(&stem, || -> Result<(), Error> {
-                let path = image::path(&self.store, &tree, ids);
-                let compared = || -> Result<bool, Error> {
-                    // No collection takes the image meanwhile.
-                    let _hold = self.store.hold(&tree)?;
-                    image::renew(&self.store, &tree, ids)
-                };
-                match compared() {
-                    Ok(true) => found.images += 1,
-                    Ok(false) => {
-                        found.images += 1;
-                        let point = self.root.join("mnt").join(IMAGES).join(&stem);
-                        let mounted = top(&read_mounts()?, &point).is_some();
-                        found.bad.push(BadImage { path, tree, mounted });
-                    }
-                    // A tree without a whole manifest, a disk without room: what was found besides is told all the same.
-                    Err(error) => found.passed_over.push(Problem {
-                        path: path.display().to_string(),
-                        message: error.to_string(),
-                    }),
+            match self.trees.with(&stem, || self.verify_image(&stem, tree, ids)) {
+                Ok(bad) => {
+                    found.images += 1;
+                    found.bad.extend(bad);
                 }
-                Ok(())
-            })?;
+                // A tree without a whole manifest, a disk without room: what was found besides is told all the same.
+                Err(error) => found.passed_over.push(Problem {
+                    path: image::path(&self.store, &tree, ids).display().to_string(),
+                    message: error.to_string(),
+                }),
+            }
         }
         Ok(found)
+    }
+
+    /// Compares one image, and replaces it if it is another. Call with its lock held.
+    fn verify_image(&self, stem: &str, tree: TreeDigest, ids: Option<(u32, u32)>) -> Result<Option<BadImage>, Error> {
+        // No collection takes the image meanwhile.
+        let _hold = self.store.hold(&tree)?;
+        // Before anything is replaced: what is replaced must be told. The lock keeps it mounted, or not.
+        let point = self.root.join("mnt").join(IMAGES).join(stem);
+        let mounted = top(&read_mounts()?, &point).is_some();
+        let same = image::renew(&self.store, &tree, ids)?;
+        let path = image::path(&self.store, &tree, ids);
+        Ok((!same).then_some(BadImage { path, tree, mounted }))
     }
 }

@@ -515,6 +515,7 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// The trees that hold most, for rule 4.
     fn largest(&self) -> Vec<Holder> {
         let facts = self.facts;
         let exclusive = |manifest: &ManifestFact| {
@@ -553,13 +554,13 @@ impl<'a> Planner<'a> {
             if !blob.present || self.blobs[index].is_some() {
                 continue;
             }
-            let cause = match () {
-                () if needed[index] == Some(Live::Current) => &mut causes.current,
-                () if needed[index] == Some(Live::Layer) => &mut causes.layers,
-                () if needed[index] == Some(Live::InUse) => &mut causes.in_use,
-                () if blob.leased => &mut causes.building,
-                () if self.is_fresh(blob.last_used) => &mut causes.fresh,
-                () => &mut causes.history,
+            let cause = match needed[index] {
+                Some(Live::Current) => &mut causes.current,
+                Some(Live::Layer) => &mut causes.layers,
+                Some(Live::InUse) => &mut causes.in_use,
+                None if blob.leased => &mut causes.building,
+                None if self.is_fresh(blob.last_used) => &mut causes.fresh,
+                None => &mut causes.history,
             };
             *cause = cause.saturating_add(blob.size);
         }

@@ -52,12 +52,6 @@ impl From<Vec<u8>> for Name {
     }
 }
 
-impl From<Box<[u8]>> for Name {
-    fn from(bytes: Box<[u8]>) -> Name {
-        (&*bytes).into()
-    }
-}
-
 impl fmt::Debug for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "\"{}\"", self.escape_ascii())
