@@ -2,13 +2,12 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use larder::api::CasManifest;
 use larder::api::conditions::{NEARLY_FULL, STALLED, find, is_true};
-use larder::api::{CasManifest, RetentionPolicy};
 use serde_json::json;
 
-use crate::support::{PATIENCE, Site, eventually, unique, write_files};
+use crate::support::{PATIENCE, Site, eventually, write_files};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn overlapping_trees_are_stored_once_and_say_what_they_saved() {
@@ -132,30 +131,16 @@ async fn a_layer_that_fills_up_says_so_and_takes_it_back() {
     assert!(status.used_bytes >= Some(15 << 20), "{:?}", status.used_bytes);
     let ready = find(&status.conditions, "Ready").unwrap();
     assert_eq!(ready.status, "True", "it can be used all the same");
-    let events = eventually(PATIENCE, "the event", async || {
-        let columns = "custom-columns=TYPE:.type,REASON:.reason,NAME:.regarding.name";
-        let shown = [
-            "get",
-            "events.v1.events.k8s.io",
-            "-n",
-            &site.namespace,
-            "-o",
-            columns,
-            "--no-headers",
-        ];
-        let shown = site.cluster.kubectl_ok(shown);
-        let ours: Vec<String> = shown
-            .lines()
-            .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
-            .collect();
-        match ours.iter().any(|line| line == "Warning SpaceUsed work") {
-            true => Ok(ours),
-            false => Err(shown),
+    let warnings = eventually(PATIENCE, "the event", async || {
+        let mut events = site.events(&site.namespace, "work");
+        events.retain(|[kind, reason, _]| kind == "Warning" && reason == "SpaceUsed");
+        match events.len() {
+            0 => Err("not yet".to_owned()),
+            count => Ok(count),
         }
     })
     .await;
-    let said = events.iter().filter(|line| *line == "Warning SpaceUsed work").count();
-    assert_eq!(said, 1, "{events:?}");
+    assert_eq!(warnings, 1);
 
     std::fs::remove_file(&large).unwrap();
     says(false).await;
@@ -186,14 +171,9 @@ async fn retention_removes_what_nothing_needs_and_nothing_else() {
     let all = site.blobs();
     assert_eq!(all.len(), 35);
 
-    let policies = Api::<RetentionPolicy>::all(site.cluster.client().await);
-    let name = unique("retain");
-    let policy = json!({"apiVersion": "larder.dev/v1alpha1", "kind": "RetentionPolicy", "metadata": {"name": name},
-        "spec": {"nodeSelector": {"site": site.node}, "schedule": "0 3 * * *", "maxAge": "1s", "gracePeriod": "0s"}});
-    policies
-        .create(&PostParams::default(), &serde_json::from_value(policy).unwrap())
-        .await
-        .unwrap();
+    let rules = json!({"schedule": "0 3 * * *", "maxAge": "1s", "gracePeriod": "0s"});
+    let name = site.create_policy("retain", rules).await;
+    let policies = site.policies().await;
     let run = async |request: &str| {
         let patch = json!({"metadata": {"annotations": {"larder.dev/requestedAt": request}}});
         policies

@@ -1,24 +1,12 @@
 //! Retention by itself: for want of room, and what is told of it.
 
 use kube::Api;
-use kube::api::{DeleteParams, PostParams};
+use kube::api::DeleteParams;
+use larder::api::NodeStore;
 use larder::api::conditions::{OVER_LIMIT, find};
-use larder::api::{NodeStore, RetentionPolicy};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Site, eventually, unique, write_files};
-
-/// Events about the site's node: type, reason and note of each.
-fn events(site: &Site) -> Vec<[String; 3]> {
-    let shown = site
-        .cluster
-        .kubectl_ok(["get", "events.v1.events.k8s.io", "-n", "default", "-o", "json"]);
-    let shown: Value = serde_json::from_str(&shown).unwrap();
-    let items = shown["items"].as_array().unwrap().iter();
-    let ours = items.filter(|event| event["regarding"]["name"] == site.node.as_str());
-    ours.map(|event| ["type", "reason", "note"].map(|field| event[field].as_str().unwrap_or_default().to_owned()))
-        .collect()
-}
+use crate::support::{PATIENCE, Site, eventually, write_files};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free() {
@@ -39,14 +27,9 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
     assert_eq!(site.blobs().len(), 20);
 
     // Its schedule comes on the first of January; but there is to be next to nothing.
-    let policies = Api::<RetentionPolicy>::all(site.cluster.client().await);
-    let name = unique("pressure");
-    let policy = json!({"apiVersion": "larder.dev/v1alpha1", "kind": "RetentionPolicy", "metadata": {"name": name},
-        "spec": {"nodeSelector": {"site": site.node}, "schedule": "0 0 1 1 *", "maxSize": "1", "gracePeriod": "0s"}});
-    policies
-        .create(&PostParams::default(), &serde_json::from_value(policy).unwrap())
-        .await
-        .unwrap();
+    let rules = json!({"schedule": "0 0 1 1 *", "maxSize": "1", "gracePeriod": "0s"});
+    let name = site.create_policy("pressure", rules).await;
+    let policies = site.policies().await;
     let stores = Api::<NodeStore>::all(site.cluster.client().await);
     let over = eventually(PATIENCE * 2, "the run and what it could not free", async || {
         let status = stores.get(&site.node).await.unwrap().status.unwrap_or_default();
@@ -72,7 +55,7 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
 
     // What it did, in an event and on the node.
     let said = eventually(PATIENCE, "the events", async || {
-        let events = events(&site);
+        let events = site.events("default", &site.node);
         let count = |kind: &str, reason: &str| events.iter().filter(|[a, b, _]| a == kind && b == reason).count();
         match (count("Normal", "RetentionRan"), count("Warning", "LiveContent")) {
             (1, 1) => Ok(events),

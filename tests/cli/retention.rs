@@ -175,24 +175,25 @@ fn a_policy_that_the_api_server_would_refuse_is_refused() {
     assert_eq!(place.json(&["stats"])["usage"]["blobs"], 3);
 }
 
-#[test]
-fn the_recipe_for_a_ci_cache_keeps_trees_for_three_days() {
+/// The recipe keeps history for so long, and no longer.
+fn keeps_history(title: &str, for_just: u64, but_not: u64) -> (Place, String) {
     let place = with_history();
-    let policy = policy(&place, &recipe("A CI cache"));
-    for (seconds, reasons) in [(71 * HOUR, &[][..]), (73 * HOUR, &["maxAge"])] {
+    let policy = policy(&place, &recipe(title));
+    for (seconds, reasons) in [(for_just, &[][..]), (but_not, &["maxAge"])] {
         age(&place, seconds);
         assert_eq!(dropped(&place, &policy), reasons, "{seconds}");
     }
+    (place, policy)
+}
+
+#[test]
+fn the_recipe_for_a_ci_cache_keeps_trees_for_three_days() {
+    keeps_history("A CI cache", 71 * HOUR, 73 * HOUR);
 }
 
 #[test]
 fn the_recipe_for_a_model_store_keeps_old_versions_for_ninety_days() {
-    let place = with_history();
-    let policy = policy(&place, &recipe("A model store"));
-    for (seconds, reasons) in [(89 * DAY, &[][..]), (91 * DAY, &["maxAge"])] {
-        age(&place, seconds);
-        assert_eq!(dropped(&place, &policy), reasons, "{seconds}");
-    }
+    let (place, policy) = keeps_history("A model store", 89 * DAY, 91 * DAY);
     // The disk fills: what is unused goes before its time.
     age(&place, 10 * DAY);
     fs::write(place.store().join("mnt/ballast"), vec![1; 62 << 20]).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use larder::api::conditions::{READY, find};
-use larder::api::{CasManifest, NodeStore, WritableLayer};
+use larder::api::{CasManifest, NodeStore, RetentionPolicy, WritableLayer};
 use serde_json::{Value, json};
 
 use super::{Cluster, LarderProcess, StoreDir, eventually, temp_store_dir, unique};
@@ -195,6 +195,36 @@ impl Site {
             }
         })
         .await;
+    }
+
+    /// Makes a policy for this node alone, which has these rules, and returns its name: as given, and then unique.
+    pub async fn create_policy(&self, prefix: &str, mut rules: Value) -> String {
+        let name = unique(prefix);
+        rules["nodeSelector"] = json!({"site": self.node});
+        let policy = json!({
+            "apiVersion": "larder.dev/v1alpha1", "kind": "RetentionPolicy", "metadata": {"name": name}, "spec": rules,
+        });
+        let policy = serde_json::from_value(policy).expect("a policy");
+        let created = self.policies().await.create(&PostParams::default(), &policy).await;
+        created.expect("created");
+        name
+    }
+
+    pub async fn policies(&self) -> Api<RetentionPolicy> {
+        Api::all(self.cluster.client().await)
+    }
+
+    /// Events about an object of that name: type, reason and note of each. Those about one without a namespace are in
+    /// `default`.
+    pub fn events(&self, namespace: &str, name: &str) -> Vec<[String; 3]> {
+        let shown = ["get", "events.v1.events.k8s.io", "-n", namespace, "-o", "json"];
+        let shown: Value = serde_json::from_str(&self.cluster.kubectl_ok(shown)).expect("a list");
+        let items = shown["items"].as_array().expect("events").iter();
+        let text = |event: &Value, field: &str| event[field].as_str().unwrap_or_default().to_owned();
+        items
+            .filter(|event| event["regarding"]["name"] == name)
+            .map(|event| ["type", "reason", "note"].map(|field| text(event, field)))
+            .collect()
     }
 
     /// Waits until no loop device is left; the kernel lets go of one a moment after its last mount is gone.

@@ -1,6 +1,4 @@
 use std::fs::{self, File};
-use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use crate::store::retention::{Policy, Reason};
@@ -538,91 +536,5 @@ fn a_tree_that_is_published_again_when_its_history_is_about_to_go_stays() {
     assert_eq!((report.dropped_history.len(), report.deleted_blobs), (0, 0));
     assert_eq!(check_all(&store), 2);
     assert_eq!(collect(&store).deleted_blobs, 1);
-    assert_eq!(check_all(&store), 1);
-}
-
-#[test]
-fn a_cancelled_collection_deletes_no_more_and_the_next_goes_on() {
-    let (_dir, store) = store();
-    publish(&store, "kept", &[("f", b"kept")]);
-    let contents: Vec<(String, Vec<u8>)> = (0..300)
-        .map(|n| (format!("{n:03}"), format!("{n}").into_bytes()))
-        .collect();
-    let files: Vec<(&str, &[u8])> = contents.iter().map(|(name, bytes)| (&**name, &**bytes)).collect();
-    publish(&store, "gone", &files);
-    store.forget(&name("gone")).unwrap();
-    let cancel = AtomicBool::new(true);
-    let how = Collecting {
-        dry_run: false,
-        now: SystemTime::now(),
-        // At most a few are gone before the other thread sees it.
-        rate: NonZeroU64::new(500),
-        cancel: &cancel,
-    };
-    let run = || store.collect_with(&nothing_kept(), &Trees(vec![]), &how).unwrap();
-    // Before it has begun: a plan of half the facts must not be carried out.
-    let (report, removals) = run();
-    assert!(!report.complete && report.decisions.is_empty() && report.over_limit.is_none() && removals.is_empty());
-    assert_eq!(store.blobs().unwrap().0, 301);
-    // And on its way.
-    cancel.store(false, Ordering::Relaxed);
-    let report = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            while store.blobs().unwrap().0 > 250 {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            cancel.store(true, Ordering::Relaxed);
-        });
-        run().0
-    });
-    assert!(
-        !report.complete && (50..300).contains(&report.deleted_blobs),
-        "{}",
-        report.deleted_blobs
-    );
-    assert_eq!(store.blobs().unwrap().0, 301 - report.deleted_blobs);
-    check_all(&store);
-    let rest = collect(&store);
-    assert!(rest.complete);
-    assert_eq!(rest.deleted_blobs + report.deleted_blobs, 300);
-    assert_eq!((collect(&store).deleted_blobs, check_all(&store)), (0, 1));
-}
-
-#[test]
-fn no_more_is_removed_in_a_second_than_may_be() {
-    let (_dir, store) = store();
-    let contents: Vec<(String, Vec<u8>)> = (0..100)
-        .map(|n| (format!("{n:03}"), format!("{n}").into_bytes()))
-        .collect();
-    let files: Vec<(&str, &[u8])> = contents.iter().map(|(name, bytes)| (&**name, &**bytes)).collect();
-    publish(&store, "gone", &files);
-    store.forget(&name("gone")).unwrap();
-    let how = Collecting {
-        dry_run: false,
-        now: SystemTime::now(),
-        rate: NonZeroU64::new(200),
-        cancel: &AtomicBool::new(false),
-    };
-    let begin = std::time::Instant::now();
-    let report = store.collect_with(&nothing_kept(), &Trees(vec![]), &how).unwrap().0;
-    // Less what is credited of the time before, and what needs no wait any more after the last.
-    assert!(
-        report.deleted_blobs == 100 && begin.elapsed() > Duration::from_millis(300),
-        "{:?}",
-        begin.elapsed()
-    );
-}
-
-/// A large blob gets out of the way of builds first; in staging nothing of it stays.
-#[test]
-fn a_large_content_goes_like_any_other() {
-    let (_dir, store) = store();
-    let large = vec![7; 3 << 20];
-    publish(&store, "gone", &[("large", &large)]);
-    store.forget(&name("gone")).unwrap();
-    let report = collect(&store);
-    assert_eq!(report.deleted_blobs, 1);
-    assert!(report.freed_bytes > 3 << 20 && !exists(&store, &large) && staging_is_empty(&store));
-    publish(&store, "again", &[("large", &large)]);
     assert_eq!(check_all(&store), 1);
 }

@@ -1,5 +1,6 @@
 //! Tests of the store as a whole. Those of one part alone sit with it.
 
+mod bounded;
 mod builds;
 mod collecting;
 mod crash;

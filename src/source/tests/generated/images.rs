@@ -69,6 +69,17 @@ impl Images {
         image
     }
 
+    /// A folder of some files, its tree, and the bytes of the tree's image.
+    fn small(&self) -> (Looked, crate::store::TreeDigest, Vec<u8>) {
+        let source = self.source();
+        for number in 0..200 {
+            fs::write(source.join(format!("file-{number}")), number.to_string()).unwrap();
+        }
+        let tree = take(&self.store, &source).digest().unwrap();
+        self.show(&tree, None, |_| {});
+        (look(&source), tree, fs::read(self.image()).unwrap())
+    }
+
     fn check(&self, what: &str) {
         let out = Command::new("fsck.erofs").arg(self.image()).output().unwrap();
         let said = String::from_utf8_lossy(&out.stdout) + String::from_utf8_lossy(&out.stderr);
@@ -142,14 +153,7 @@ fn a_folder_of_a_hundred_thousand_entries_is_shown_by_its_image() {
 #[test]
 fn an_image_that_is_not_whole_or_not_one_is_made_again() {
     let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
-    let source = images.source();
-    for number in 0..200 {
-        fs::write(source.join(format!("file-{number}")), number.to_string()).unwrap();
-    }
-    let made = look(&source);
-    let tree = take(&images.store, &source).digest().unwrap();
-    images.show(&tree, None, |_| {});
-    let whole = fs::read(images.image()).unwrap();
+    let (made, tree, whole) = images.small();
     let (mut other_tree, mut unmountable) = (whole.clone(), whole.clone());
     other_tree[1024 + 48] ^= 1;
     // A block size that no kernel takes: only mounting tells.
@@ -171,14 +175,7 @@ fn an_image_that_is_not_whole_or_not_one_is_made_again() {
 #[test]
 fn a_verification_finds_any_byte_of_an_image_that_is_another() {
     let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
-    let source = images.source();
-    for number in 0..200 {
-        fs::write(source.join(format!("file-{number}")), number.to_string()).unwrap();
-    }
-    let made = look(&source);
-    let tree = take(&images.store, &source).digest().unwrap();
-    images.show(&tree, None, |_| {});
-    let whole = fs::read(images.image()).unwrap();
+    let (made, tree, whole) = images.small();
     let (path, cancel) = (images.image(), AtomicBool::new(false));
     let verify = || images.layers.verify_images(&cancel).unwrap();
     let sound = layer::ImageVerification {
