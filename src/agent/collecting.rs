@@ -30,6 +30,8 @@ impl Node {
         let before = self.memory.clone();
         retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
         self.unsaved.memory |= self.memory != before;
+        let is_over = self.memory.state.over_limit.is_some();
+        self.health.metrics().over_limit.set(is_over.into());
         let due = match retention::is_pressed(&self.memory, policy.as_ref(), self.room, time) {
             true => Due::Now(Trigger::Pressure),
             false => retention::due(&self.memory, policy.as_ref(), &self.node, time),
@@ -51,9 +53,9 @@ impl Node {
                     cancel: Arc::default(),
                 };
                 self.collecting = Some(how.cancel.clone());
-                let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
+                let builder = self.builder.clone();
                 self.tasks
-                    .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, how, had_problem))));
+                    .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, how))));
                 now + TICK
             }
         }
@@ -77,10 +79,13 @@ impl Node {
             trigger,
             result,
             refs,
-            counted,
+            usage,
         } = collected;
-        self.counted(counted);
+        self.counted(usage);
         self.collecting = None;
+        let now = Instant::now();
+        self.ran = Some(now);
+        self.pace.changed(now);
         match &result {
             Ok((report, record)) => {
                 info!(
@@ -101,6 +106,9 @@ impl Node {
                 self.announce_run(report, trigger, record.as_ref());
             }
             Err(error) => warn!(node = self.node, error, "retention failed"),
+        }
+        if result.as_ref().map_or(true, |(report, _)| !report.blocked.is_empty()) {
+            self.health.metrics().retention_failures.inc();
         }
         let noted = result.as_ref().map(|(report, _)| report).map_err(String::as_str);
         retention::note(&mut self.memory, request, noted, Timestamp::now());

@@ -3,6 +3,7 @@
 //! The agent works on from the last spec that it saw while the API server is away. It can be killed at any moment: what
 //! it does is in the store and the layers, and each of these finishes or cleans at the next start what was begun.
 
+mod analysis;
 mod builds;
 mod collecting;
 mod layer_plan;

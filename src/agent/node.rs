@@ -13,13 +13,14 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, error, info, warn};
 
+use super::analysis::{Figures, Pace};
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::{self, Failed, Goal, Known, Step};
 use super::retention::{Memory, Room};
 use super::saved::{self, SavedSpec};
 use super::tell;
 use super::throttle::Throttle;
-use super::work::{self, Built, Counted, Done};
+use super::work::{self, Built, Done};
 use crate::api::conditions::{OVER_LIMIT, Verdict, Wanted, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
 use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status};
@@ -102,6 +103,8 @@ pub struct Node {
     pub(super) memory: Memory,
     /// Ends the run under way.
     pub(super) collecting: Option<Arc<AtomicBool>>,
+    /// When the last run ended.
+    pub(super) ran: Option<Instant>,
     pub(super) removal_rate: Option<NonZeroU64>,
     pub(super) room: Option<Room>,
     /// When the room was looked at last.
@@ -111,6 +114,9 @@ pub struct Node {
     pub(super) unsaved: Unsaved,
     saving: bool,
     usage: Option<StoreUsage>,
+    /// When to count what the store's room is used for, and what was counted last.
+    pub(super) pace: Pace,
+    pub(super) figures: Option<Figures>,
     commands: Arc<Notify>,
     /// Builds that ended and retirements, so far: refs that were read before one of them are out of date.
     ref_changes: u64,
@@ -145,6 +151,7 @@ impl Node {
             retiring: HashMap::new(),
             memory: start.memory,
             collecting: None,
+            ran: None,
             removal_rate: start.removal_rate,
             room: None,
             looked: None,
@@ -152,6 +159,8 @@ impl Node {
             unsaved: Unsaved::default(),
             saving: false,
             usage: None,
+            pace: Pace::new(now),
+            figures: None,
             commands: start.commands,
             ref_changes: 0,
             observed: None,
@@ -253,6 +262,7 @@ impl Node {
             building: self.jobs.get(&manifest.uid).map(|job| &job.goal),
             failed: self.failed.get(&manifest.uid),
             checked: self.checked.get(&manifest.uid).copied(),
+            exclusive: self.exclusive(manifest),
         }
     }
 
@@ -288,6 +298,7 @@ impl Node {
             self.retire(manifests, now);
         }
         wake = wake.min(self.retention(now));
+        wake = self.analyse(now).map_or(wake, |due| wake.min(due));
         self.save();
         self.publish_placed(manifests);
         wake.min(self.write_status(manifests, &steps, now))
@@ -321,16 +332,8 @@ impl Node {
             },
         );
         let (builder, manifest, mounted) = (self.builder.clone(), manifest.clone(), self.mounted.borrow().clone());
-        let had_problem = self.problem.is_some();
-        self.tasks.spawn_blocking(move || {
-            Done::Built(Box::new(work::build(
-                &builder,
-                &manifest,
-                &mounted,
-                &cancel,
-                had_problem,
-            )))
-        });
+        self.tasks
+            .spawn_blocking(move || Done::Built(Box::new(work::build(&builder, &manifest, &mounted, &cancel))));
     }
 
     fn retry_snapshots(&mut self) {
@@ -376,9 +379,8 @@ impl Node {
 
     /// Counts what the store holds, apart from the builds and collections that do it at their end.
     fn count(&mut self) {
-        let (builder, had_problem) = (self.builder.clone(), self.problem.is_some());
-        self.tasks
-            .spawn_blocking(move || Done::Counted(work::count(&builder, had_problem)));
+        let builder = self.builder.clone();
+        self.tasks.spawn_blocking(move || Done::Counted(work::count(&builder)));
     }
 
     /// Reads all refs again: a command of `larder store` may have changed them.
@@ -387,13 +389,17 @@ impl Node {
         self.tasks.spawn_blocking(move || work::reread(&builder, change));
     }
 
-    pub(super) fn counted(&mut self, counted: Counted) {
-        self.problem = counted.problem;
-        if let Some(usage) = counted.usage {
+    pub(super) fn counted(&mut self, usage: Option<StoreUsage>) {
+        if let Some(usage) = usage {
             self.health.metrics().blobs.set(usage.blobs);
             self.health.metrics().stored_bytes.set(usage.stored_bytes);
             self.usage = Some(usage);
         }
+    }
+
+    fn refs_changed(&mut self, now: Instant) {
+        self.ref_changes += 1;
+        self.pace.changed(now);
     }
 
     fn publish_placed(&self, manifests: &[ProjectedManifest]) {
@@ -444,6 +450,10 @@ impl Node {
                 .collect(),
             retention: self.memory.since.map(|_| self.memory.state.clone()),
             usage: self.usage.clone().or_else(|| observed.status.usage.clone()),
+            analytics: match &self.figures {
+                Some(figures) => Some(figures.status.clone()),
+                None => observed.status.analytics.clone(),
+            },
         };
         if status == observed.status {
             self.differs_since = None;
@@ -472,6 +482,18 @@ impl Node {
         later
     }
 
+    /// What a manifest has for itself. After a restart, what the API server knows until it is counted again.
+    fn exclusive(&self, manifest: &ProjectedManifest) -> Option<i64> {
+        if let Some(figures) = &self.figures {
+            let key = ObjectKey::new(&manifest.namespace, &manifest.name);
+            return figures.exclusive.get(&key).copied();
+        }
+        let said = &self.observed.as_ref()?.status.manifests;
+        said.iter()
+            .find(|state| state.uid == manifest.uid)
+            .and_then(|state| state.exclusive_bytes)
+    }
+
     fn verdict(&self) -> Verdict {
         match &self.problem {
             Some(problem) => Verdict::Stalled {
@@ -491,7 +513,7 @@ impl Node {
             Done::Built(built) => self.built(*built, now),
             Done::Retired { key, stored } => {
                 self.retiring.remove(&key);
-                self.ref_changes += 1;
+                self.refs_changed(now);
                 match stored {
                     Ok(Some(stored)) => drop(self.refs.insert(key, *stored)),
                     Ok(None) => drop(self.refs.remove(&key)),
@@ -509,11 +531,13 @@ impl Node {
                     warn!(%error, "cannot save what the agent would need after a restart");
                 }
             }
-            Done::Counted(counted) => self.counted(counted),
+            Done::Counted(usage) => self.counted(usage),
+            Done::Analysed(analysed) => self.analysed(*analysed, now),
             Done::Looked(room) => self.room = room,
             Done::Reread { change, .. } if change != self.ref_changes => self.reread(),
-            Done::Reread { refs, counted, .. } => {
-                self.counted(counted);
+            Done::Reread { refs, usage, .. } => {
+                self.counted(usage);
+                self.pace.changed(now);
                 match refs {
                     Ok(refs) => self.refs = refs,
                     Err(error) => warn!(%error, "cannot read the refs after a command; what was known stays"),
@@ -549,10 +573,10 @@ impl Node {
             snapshot,
             result,
             stored,
-            counted,
+            usage,
         } = built;
-        self.counted(counted);
-        self.ref_changes += 1;
+        self.counted(usage);
+        self.refs_changed(now);
         self.jobs.remove(&goal.uid);
         if let Some(stored) = stored {
             self.refs.insert(key.clone(), stored);

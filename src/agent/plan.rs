@@ -51,6 +51,8 @@ pub struct Known<'a> {
     pub failed: Option<&'a Failed>,
     /// When its source was last read by this process.
     pub checked: Option<Instant>,
+    /// Bytes that it has for itself.
+    pub exclusive: Option<i64>,
 }
 
 impl<'a> Known<'a> {
@@ -163,6 +165,7 @@ pub fn state(manifest: &ProjectedManifest, known: Known, step: Step) -> Manifest
         size_bytes: tree.map(|tree| number(tree.size)),
         unique_bytes: tree.map(|tree| number(tree.unique)),
         added_bytes: tree.map(|tree| number(tree.added)),
+        exclusive_bytes: known.exclusive.filter(|_| tree.is_some()),
     }
 }
 

@@ -29,7 +29,15 @@ pub struct Memory {
     pub since: Option<Timestamp>,
     /// When a run was last tried; one that failed waits for its next time like one that worked.
     pub tried: Option<Timestamp>,
+    /// The problem that the status names is that something unreadable kept the last run from deleting.
+    pub blocked: bool,
+    /// Requests that were answered, by the UIDs of their policies, the latest last. A node may come back under a
+    /// policy: what was asked for by then has been done.
+    pub answered: Vec<(String, String)>,
 }
+
+/// How many policies' requests are remembered.
+const MAX_ANSWERED: usize = 16;
 
 /// Least time between a run and one that is made because there is too little room: what could go has gone, and what
 /// changed since can wait so long.
@@ -62,13 +70,17 @@ pub enum Due {
 pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, now: Timestamp) {
     let uid = policy.map(|policy| policy.uid.clone());
     if memory.since.is_none() || memory.state.policy_uid != uid {
+        let answered = std::mem::take(&mut memory.answered);
+        let request = answered.iter().find(|(policy, _)| Some(policy) == uid.as_ref());
         *memory = Memory {
             state: RetentionState {
+                requested_at: request.map(|(_, request)| request.clone()),
                 policy_uid: uid,
                 ..Default::default()
             },
             since: Some(now),
-            tried: None,
+            answered,
+            ..Default::default()
         };
     }
     let state = &mut memory.state;
@@ -76,6 +88,7 @@ pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, 
     if state.observed_generation != generation {
         // What kept the last run from working may be mended by the new spec.
         (state.observed_generation, state.problem, state.over_limit) = (generation, None, None);
+        memory.blocked = false;
     }
     if let Some(Err(invalid)) = policy.map(|policy| policy.rules.check()) {
         state.problem = Some(truncate(&invalid.to_string(), MAX_TEXT));
@@ -223,7 +236,14 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
 /// Notes what a run did, or why it could not be made.
 pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report, &str>, now: Timestamp) {
     memory.tried = Some(now);
+    memory.blocked = result.is_ok_and(|report| !report.blocked.is_empty());
     let state = &mut memory.state;
+    if let (Some(policy), Some(request)) = (&state.policy_uid, &request) {
+        memory.answered.retain(|(known, _)| known != policy);
+        memory.answered.push((policy.clone(), request.clone()));
+        let excess = memory.answered.len().saturating_sub(MAX_ANSWERED);
+        memory.answered.drain(..excess);
+    }
     state.requested_at = request;
     let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     match result {
@@ -401,6 +421,29 @@ mod tests {
             (&memory.state.problem, &memory.state.policy_uid, &memory.tried),
             (&None, &None, &None)
         );
+    }
+
+    #[test]
+    fn a_policy_that_comes_back_does_not_repeat_what_it_was_asked_for() {
+        let now = at("2026-01-01T12:00:00Z");
+        let mut asked = policy(json!({}));
+        asked.requested_at = Some("1".into());
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&asked), "n", now);
+        note(&mut memory, Some("1".into()), Err("no disk"), now);
+        for number in 0..MAX_ANSWERED - 1 {
+            let mut other = policy(json!({}));
+            other.uid = format!("other-{number}");
+            adopt(&mut memory, Some(&other), "n", now);
+            note(&mut memory, Some("x".into()), Err("no disk"), now);
+        }
+        adopt(&mut memory, Some(&asked), "n", now);
+        assert!(matches!(due(&memory, Some(&asked), "n", now), Due::At(_)));
+        assert_eq!(memory.state.requested_at.as_deref(), Some("1"));
+        assert_eq!(memory.state.last_run, None);
+        asked.requested_at = Some("2".into());
+        assert_eq!(due(&memory, Some(&asked), "n", now), Due::Now(Trigger::Request));
+        assert_eq!(memory.answered.len(), MAX_ANSWERED);
     }
 
     #[test]

@@ -6,13 +6,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::warn;
 
+use super::analysis::{Figures, LISTED};
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
 use super::retention::{How, Room, Trigger};
 use super::{retention, saved};
 use crate::api::{NodeStore, Parsed, ProjectedManifest, StoreUsage, human_size};
 use crate::cluster::{ObjectKey, WriteError};
-use crate::store::{self, Ref, RefName, Report, RunId};
+use crate::store::{self, Amount, Analytics, Problem, Ref, RefName, Report, RunId};
 
 /// What ended on another thread.
 pub enum Done {
@@ -23,13 +24,14 @@ pub enum Done {
     },
     Collected(Box<Collected>),
     Saved(Result<(), saved::FileError>),
-    Counted(Counted),
+    Counted(Option<StoreUsage>),
+    Analysed(Box<Analysed>),
     Looked(Option<Room>),
     /// All refs, as they were after so many changes of the loop's own.
     Reread {
         change: u64,
         refs: Result<BTreeMap<ObjectKey, Ref>, String>,
-        counted: Counted,
+        usage: Option<StoreUsage>,
     },
     Written(Result<Box<Parsed<NodeStore>>, WriteError>),
 }
@@ -43,7 +45,7 @@ pub struct Built {
     pub snapshot: bool,
     pub result: Result<(), Ended>,
     pub stored: Option<Ref>,
-    pub counted: Counted,
+    pub usage: Option<StoreUsage>,
 }
 
 /// A retention run's end.
@@ -52,29 +54,25 @@ pub struct Collected {
     pub trigger: Trigger,
     pub result: Result<(Report, Option<RunId>), String>,
     pub refs: Option<BTreeMap<ObjectKey, Ref>>,
-    pub counted: Counted,
+    pub usage: Option<StoreUsage>,
 }
 
-/// What the store takes, and what of it cannot be read.
-pub struct Counted {
-    pub usage: Option<StoreUsage>,
+/// A look through the store's end.
+pub struct Analysed {
+    pub began: Instant,
+    pub result: Result<Figures, String>,
+    /// What is wrong with the store.
     pub problem: Option<String>,
 }
 
-/// Builds a manifest's tree. What was a problem before is looked at again.
-pub fn build(
-    builder: &Builder,
-    manifest: &ProjectedManifest,
-    mounted: &MountedLayers,
-    cancel: &AtomicBool,
-    had_problem: bool,
-) -> Built {
+/// Builds a manifest's tree.
+pub fn build(builder: &Builder, manifest: &ProjectedManifest, mounted: &MountedLayers, cancel: &AtomicBool) -> Built {
     let started = Instant::now();
     let key = ObjectKey::new(&manifest.namespace, &manifest.name);
     let result = builder.build(manifest, mounted, cancel);
     let took = started.elapsed();
     let stored = read_ref(builder, &key);
-    let counted = count(builder, had_problem);
+    let usage = count(builder);
     Built {
         goal: Goal::of(manifest),
         key,
@@ -82,7 +80,7 @@ pub fn build(
         snapshot: manifest.source.layer.is_some(),
         result,
         stored,
-        counted,
+        usage,
     }
 }
 
@@ -99,7 +97,7 @@ pub fn retire(builder: &Builder, key: ObjectKey, owner: &str) -> Done {
 }
 
 /// Runs retention.
-pub fn collect(builder: &Builder, how: How, had_problem: bool) -> Collected {
+pub fn collect(builder: &Builder, how: How) -> Collected {
     // What only waits for a next layer is not in use; also for a dry run, which is to say what a real one would do.
     if let Err(error) = builder.layers.unmount_unused(Duration::ZERO) {
         warn!(%error, "cannot unmount a tree that no layer shows any more; it counts as in use");
@@ -107,13 +105,13 @@ pub fn collect(builder: &Builder, how: How, had_problem: bool) -> Collected {
     let result = retention::run(&builder.store, &builder.layers, &how);
     let request = how.policy.and_then(|policy| policy.requested_at);
     let refs = read_refs(builder).ok().map(|(refs, _)| refs);
-    let counted = count(builder, had_problem);
+    let usage = count(builder);
     Collected {
         request,
         trigger: how.trigger,
         result,
         refs,
-        counted,
+        usage,
     }
 }
 
@@ -142,21 +140,61 @@ pub fn reread(builder: &Builder, change: u64) -> Done {
     Done::Reread {
         change,
         refs,
-        counted: count(builder, true),
+        usage: count(builder),
     }
 }
 
 /// Counts what the store holds.
-pub fn count(builder: &Builder, had_problem: bool) -> Counted {
-    let usage = builder.store.blobs().ok().map(|(blobs, bytes)| StoreUsage {
+pub fn count(builder: &Builder) -> Option<StoreUsage> {
+    let (blobs, bytes) = builder.store.blobs().ok()?;
+    Some(StoreUsage {
         blobs: i64::try_from(blobs).unwrap_or(i64::MAX),
         stored_bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
         stored: human_size(bytes),
-    });
-    // A ref that could not be read may have been written anew.
-    let problem = had_problem.then(|| read_refs(builder)).and_then(|refs| match refs {
-        Ok((_, problem)) => problem,
-        Err(error) => Some(error.to_string()),
-    });
-    Counted { usage, problem }
+    })
+}
+
+/// Looks through the store: what its room is used for, and what is wrong.
+pub fn analyse(builder: &Builder) -> Analysed {
+    let began = Instant::now();
+    let found = builder.store.analytics(LISTED);
+    let layers = builder.layers.list();
+    Analysed {
+        began,
+        problem: problem(&found, layers.map(|(_, problems)| problems)),
+        result: found
+            .map(|found| Figures::of(&found))
+            .map_err(|error| error.to_string()),
+    }
+}
+
+/// The first thing that is wrong, and how many more there are.
+fn problem(
+    found: &Result<Analytics, store::Error>,
+    layers: Result<Vec<Problem>, crate::layer::Error>,
+) -> Option<String> {
+    let text = |problem: &Problem| format!("{}: {}", problem.path, problem.message);
+    let mut problems: Vec<String> = Vec::new();
+    match found {
+        Ok(found) => {
+            problems.extend(found.dedup.problems.iter().map(text));
+            let Amount { blobs, bytes } = found.missing;
+            if blobs > 0 {
+                problems.push(format!(
+                    "{blobs} contents that stored trees name are missing, {} in all; `larder store verify` names the trees",
+                    human_size(bytes)
+                ));
+            }
+        }
+        Err(error) => problems.push(error.to_string()),
+    }
+    match layers {
+        Ok(layers) => problems.extend(layers.iter().map(text)),
+        Err(error) => problems.push(error.to_string()),
+    }
+    let first = problems.first()?;
+    Some(match problems.len() {
+        1 => first.clone(),
+        many => format!("{first} (and {} more)", many - 1),
+    })
 }

@@ -37,6 +37,7 @@ use super::Duration;
     printcolumn(name = "Saved", type_ = "string", json_path = ".status.saved"),
     printcolumn(name = "Nodes", type_ = "string", json_path = ".status.nodes.summary"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
+    printcolumn(name = "Exclusive", type_ = "string", json_path = ".status.exclusive", priority = 1),
     printcolumn(name = "Digest", type_ = "string", json_path = ".status.digest", priority = 1),
     printcolumn(
         name = "Message",
@@ -155,6 +156,15 @@ pub struct CasManifestStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unique_bytes: Option<i64>,
 
+    /// What deleting the manifest would free in time on each node, for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclusive: Option<String>,
+
+    /// Bytes of the contents that no other tree of a node needs, on the node where they are least: what goes with the
+    /// manifest and its history. Counted a little after a node's store has changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclusive_bytes: Option<i64>,
+
     /// What storing the tree did not cost, for people: its size less the bytes that its build added to the store.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub saved: Option<String>,
@@ -187,6 +197,8 @@ impl Default for CasManifestStatus {
             size_bytes: None,
             unique: None,
             unique_bytes: None,
+            exclusive: None,
+            exclusive_bytes: None,
             saved: None,
             saved_bytes: None,
             nodes: None,

@@ -16,6 +16,7 @@ mod size;
 #[cfg(test)]
 #[path = "../../tests/support/tables.rs"]
 mod tables;
+mod usage;
 
 pub use duration::{Duration, DurationOrZero, InvalidDuration, parse_duration};
 pub use guard::{Invalid, Parsed};
@@ -24,8 +25,7 @@ pub use manifest::{
     CasManifest, CasManifestSpec, CasManifestStatus, DirectorySource, Failure, LayerSource, NodeCounts, Source,
 };
 pub use node_store::{
-    ManifestState, NodeStore, NodeStoreSpec, NodeStoreStatus, Phase, ProjectedManifest, ProjectedPolicy,
-    RetentionState, StoreUsage,
+    ManifestState, NodeStore, NodeStoreSpec, NodeStoreStatus, Phase, ProjectedManifest, ProjectedPolicy, RetentionState,
 };
 pub use retention::{
     InvalidPolicy, PolicyNodeCounts, PolicyRules, RetentionPolicy, RetentionPolicySpec, RetentionPolicyStatus,
@@ -33,6 +33,7 @@ pub use retention::{
 };
 pub use schedule::{InvalidSchedule, Schedule};
 pub use size::{InvalidSize, Size, SizeOrPercent, human_size, parse_size};
+pub use usage::{BlobAmount, LargestManifest, SharedBlob, SizeBucket, StoreAnalytics, StoreUsage};
 
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::CustomResourceExt;

@@ -8,7 +8,7 @@ use kube::CustomResource;
 use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Serialize};
 
-use super::{Duration, PolicyRules, RunSummary, Source};
+use super::{Duration, PolicyRules, RunSummary, Source, StoreAnalytics, StoreUsage};
 
 /// The store of one node. Made and written by larder; look, but don't edit.
 #[derive(CustomResource, JsonSchema, Serialize, Deserialize, Debug, Clone, PartialEq, Default)]
@@ -33,9 +33,33 @@ use super::{Duration, PolicyRules, RunSummary, Source};
     ),
     printcolumn(name = "Blobs", type_ = "integer", json_path = ".status.usage.blobs"),
     printcolumn(name = "Stored", type_ = "string", json_path = ".status.usage.stored"),
+    printcolumn(name = "Saved", type_ = "string", json_path = ".status.analytics.saved"),
     printcolumn(name = "Policy", type_ = "string", json_path = ".spec.retention.name"),
+    printcolumn(
+        name = "Over",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"OverLimit\")].status"
+    ),
     printcolumn(name = "Last-Run", type_ = "date", json_path = ".status.retention.lastRun.time"),
     printcolumn(name = "Freed", type_ = "string", json_path = ".status.retention.lastRun.freed"),
+    printcolumn(
+        name = "Next-Run",
+        type_ = "string",
+        json_path = ".status.retention.nextRun",
+        priority = 1
+    ),
+    printcolumn(
+        name = "History",
+        type_ = "string",
+        json_path = ".status.analytics.history.size",
+        priority = 1
+    ),
+    printcolumn(
+        name = "Garbage",
+        type_ = "string",
+        json_path = ".status.analytics.garbage.size",
+        priority = 1
+    ),
     printcolumn(name = "Road", type_ = "string", json_path = ".status.road", priority = 1),
     printcolumn(name = "Agent", type_ = "string", json_path = ".status.version", priority = 1),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp")
@@ -132,6 +156,10 @@ pub struct NodeStoreStatus {
 
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<StoreUsage>,
+
+    /// Absent until it is counted for the first time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub analytics: Option<StoreAnalytics>,
 }
 
 impl Default for NodeStoreStatus {
@@ -145,6 +173,7 @@ impl Default for NodeStoreStatus {
             manifests: Vec::new(),
             retention: None,
             usage: None,
+            analytics: None,
         }
     }
 }
@@ -192,6 +221,9 @@ pub struct ManifestState {
     /// Bytes that the build of this tree added to the store.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub added_bytes: Option<i64>,
+    /// Bytes of the contents that only this tree and its history name: what goes when they do. Counted with `analytics`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exclusive_bytes: Option<i64>,
 }
 
 /// Retention on a node.
@@ -218,18 +250,6 @@ pub struct RetentionState {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(length(max = 512))]
     pub problem: Option<String>,
-}
-
-/// What the store takes.
-#[derive(JsonSchema, Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
-#[serde(rename_all = "camelCase", default)]
-pub struct StoreUsage {
-    /// Distinct contents.
-    pub blobs: i64,
-    /// Bytes of the contents.
-    pub stored_bytes: i64,
-    /// `storedBytes` for people.
-    pub stored: String,
 }
 
 /// Labels to select by: keys and values as Kubernetes bounds them.

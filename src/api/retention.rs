@@ -34,10 +34,11 @@ use super::{Duration, DurationOrZero, InvalidDuration, InvalidSchedule, InvalidS
     ),
     printcolumn(name = "Governs", type_ = "integer", json_path = ".status.nodes.governed"),
     printcolumn(name = "Over", type_ = "integer", json_path = ".status.nodes.overLimit"),
+    printcolumn(name = "Dry-Run", type_ = "boolean", json_path = ".spec.dryRun", priority = 1),
     printcolumn(name = "Last-Run", type_ = "date", json_path = ".status.lastRun.time"),
     printcolumn(name = "Deleted", type_ = "integer", json_path = ".status.lastRun.deletedBlobs"),
     printcolumn(name = "Freed", type_ = "string", json_path = ".status.lastRun.freed"),
-    printcolumn(name = "Next-Run", type_ = "string", json_path = ".status.nextRun", priority = 1),
+    printcolumn(name = "Next-Run", type_ = "string", json_path = ".status.nextRun"),
     printcolumn(name = "Age", type_ = "date", json_path = ".metadata.creationTimestamp"),
     printcolumn(
         name = "Message",

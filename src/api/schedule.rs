@@ -101,6 +101,86 @@ mod tests {
         );
     }
 
+    /// The times that a schedule comes due in, from `from` to before `to`.
+    fn due_between(expression: &str, zone: &str, from: &str, to: &str) -> Vec<String> {
+        let schedule = Schedule::parse(expression, Some(zone)).unwrap();
+        let mut time = at(from).checked_sub(jiff::SignedDuration::from_secs(1)).unwrap();
+        let mut due = Vec::new();
+        while let Some(next) = schedule.next_after(time).filter(|next| *next < at(to)) {
+            assert!(next > time, "{expression} in {zone} goes on from {time} to {next}");
+            due.push(next.to_string());
+            time = next;
+        }
+        due
+    }
+
+    #[test]
+    fn a_time_that_a_clock_change_leaves_out_or_has_twice_comes_due_once() {
+        // Berlin went from 2:00 to 3:00 on 29 March 2026, and from 3:00 back to 2:00 on 25 October, both at 1:00 UTC.
+        let spring = due_between(
+            "30 2 * * *",
+            "Europe/Berlin",
+            "2026-03-28T00:00:00Z",
+            "2026-03-31T00:00:00Z",
+        );
+        assert_eq!(
+            spring,
+            ["2026-03-28T01:30:00Z", "2026-03-29T01:00:00Z", "2026-03-30T00:30:00Z"]
+        );
+        let autumn = due_between(
+            "30 2 * * *",
+            "Europe/Berlin",
+            "2026-10-24T00:00:00Z",
+            "2026-10-27T00:00:00Z",
+        );
+        assert_eq!(
+            autumn,
+            ["2026-10-24T00:30:00Z", "2026-10-25T00:30:00Z", "2026-10-26T01:30:00Z"]
+        );
+    }
+
+    #[test]
+    fn what_comes_each_hour_comes_in_each_hour_of_a_long_and_a_short_day() {
+        for (zone, from, to, hours) in [
+            ("Europe/Berlin", "2026-03-28T23:00:00Z", "2026-03-29T22:00:00Z", 23),
+            ("Europe/Berlin", "2026-10-24T22:00:00Z", "2026-10-25T23:00:00Z", 25),
+            ("America/New_York", "2026-03-08T05:00:00Z", "2026-03-09T04:00:00Z", 23),
+            ("America/New_York", "2026-11-01T04:00:00Z", "2026-11-02T05:00:00Z", 25),
+        ] {
+            assert_eq!(due_between("@hourly", zone, from, to).len(), hours, "{zone} {from}");
+            assert_eq!(
+                due_between("*/15 * * * *", zone, from, to).len(),
+                4 * hours,
+                "{zone} {from}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_daily_run_comes_once_a_day_all_year_in_any_zone() {
+        // Besides the usual change: one of half an hour, some at midnight, none.
+        for zone in [
+            "Europe/Berlin",
+            "Australia/Lord_Howe",
+            "America/Santiago",
+            "Africa/Cairo",
+            "Asia/Kolkata",
+        ] {
+            for minutes in (0..24 * 60).step_by(30) {
+                let expression = format!("{} {} * * *", minutes % 60, minutes / 60);
+                let begin = |year: i16| {
+                    let date = jiff::civil::date(year, 1, 1);
+                    date.to_zoned(TimeZone::get(zone).unwrap())
+                        .unwrap()
+                        .timestamp()
+                        .to_string()
+                };
+                let due = due_between(&expression, zone, &begin(2026), &begin(2027));
+                assert_eq!(due.len(), 365, "{expression} in {zone}");
+            }
+        }
+    }
+
     #[test]
     fn what_cannot_be_used_is_named() {
         for bad in [

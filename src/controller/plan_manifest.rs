@@ -144,6 +144,8 @@ fn describe_tree(status: &mut CasManifestStatus, stored: &[&ManifestState]) {
     status.files = largest(|state| state.files);
     status.size_bytes = largest(|state| state.size_bytes);
     status.unique_bytes = largest(|state| state.unique_bytes);
+    // Least, as with what was saved: so much is true of each node.
+    status.exclusive_bytes = stored.iter().filter_map(|state| state.exclusive_bytes).min();
     let saved = stored
         .iter()
         .filter_map(|state| Some((state.size_bytes? - state.added_bytes?).max(0)));
@@ -151,6 +153,7 @@ fn describe_tree(status: &mut CasManifestStatus, stored: &[&ManifestState]) {
     let human = |bytes: Option<i64>| bytes.map(|bytes| human_size(bytes.unsigned_abs()));
     status.size = human(status.size_bytes);
     status.unique = human(status.unique_bytes);
+    status.exclusive = human(status.exclusive_bytes);
     status.saved = human(status.saved_bytes);
 }
 

@@ -5,7 +5,9 @@ use jiff::Timestamp;
 use super::index::{Index, StoreFacts};
 use super::plan_node::governing;
 use crate::api::conditions::{OVER_LIMIT, SHADOWED, Verdict, Wanted, merge, reasons};
-use crate::api::{PolicyNodeCounts, RetentionPolicyStatus, RetentionState, RunSummary, human_size, selects};
+use crate::api::{
+    PolicyNodeCounts, PolicyRules, RetentionPolicyStatus, RetentionState, RunSummary, human_size, selects,
+};
 
 /// The status as it should be. `None` when the policy is gone.
 pub fn plan(index: &Index, name: &str, now: Timestamp) -> Option<RetentionPolicyStatus> {
@@ -82,7 +84,15 @@ pub fn plan(index: &Index, name: &str, now: Timestamp) -> Option<RetentionPolicy
                     reason: reasons::INVALID_SPEC,
                     message: invalid.to_string(),
                 },
-                Ok(_) => verdict(selected.len(), governed.len(), reachable, answered, &shadows, &states),
+                Ok(_) => verdict(
+                    &spec.rules,
+                    selected.len(),
+                    governed.len(),
+                    reachable,
+                    answered,
+                    &shadows,
+                    &states,
+                ),
             };
             (verdict, extras(&shadows, &states))
         }
@@ -94,6 +104,7 @@ pub fn plan(index: &Index, name: &str, now: Timestamp) -> Option<RetentionPolicy
 }
 
 fn verdict(
+    rules: &PolicyRules,
     selected: usize,
     governed: usize,
     reachable: usize,
@@ -138,13 +149,23 @@ fn verdict(
             message,
         };
     }
-    let message = match governed == selected {
+    let mut message = match governed == selected {
         true => format!("governs {governed} nodes"),
         false => format!(
             "governs {governed} of {selected} selected nodes; {} governs the others",
             shadows.join(", ")
         ),
     };
+    if rules.suspend {
+        message += "; spec.suspend: no runs, and none of another policy on these nodes";
+        return Verdict::Ready {
+            reason: reasons::SUSPENDED,
+            message,
+        };
+    }
+    if rules.dry_run {
+        message += "; spec.dryRun: runs delete nothing";
+    }
     Verdict::Ready {
         reason: reasons::GOVERNING,
         message,

@@ -272,13 +272,22 @@ impl LayerRecord {
 /// Whether a layer's folder holds nothing that was written in the layer: nothing at all, or what a power cut leaves of a
 /// layer in memory. Its record, which is not synced, may be missing or empty then (file systems give a file its length
 /// after its data, so it is empty or whole), and there may be the folder at which its tmpfs was mounted.
+///
+/// Others may remove the layer meanwhile: what is gone holds nothing.
 pub(super) fn has_no_data(folder: &Path) -> Result<bool, Error> {
-    for entry in fs::read_dir(folder).context("list", folder)? {
+    let Some(entries) = unless_gone(fs::read_dir(folder)).context("list", folder)? else {
+        return Ok(true);
+    };
+    for entry in entries {
         let path = entry.context("list", folder)?.path();
         let nothing = match path.file_name().and_then(|name| name.to_str()) {
             Some(TEMPORARY_NAME) => true,
-            Some(FILE_NAME) => path.metadata().context("stat", &path)?.len() == 0,
-            Some("disk") => fs::read_dir(&path).context("list", &path)?.next().is_none(),
+            Some(FILE_NAME) => unless_gone(path.metadata())
+                .context("stat", &path)?
+                .is_none_or(|file| file.len() == 0),
+            Some("disk") => unless_gone(fs::read_dir(&path))
+                .context("list", &path)?
+                .is_none_or(|mut disk| disk.next().is_none()),
             _ => false,
         };
         if !nothing {
@@ -286,6 +295,14 @@ pub(super) fn has_no_data(folder: &Path) -> Result<bool, Error> {
         }
     }
     Ok(true)
+}
+
+fn unless_gone<T>(found: io::Result<T>) -> io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes the names in a folder durable.

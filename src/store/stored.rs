@@ -25,8 +25,8 @@ pub(super) struct Stored {
 }
 
 pub(super) struct AllStored {
-    /// How many refs could be read.
-    pub refs: u64,
+    /// The names of the refs that could be read, sorted.
+    pub refs: Vec<String>,
     pub unreadable: Vec<Problem>,
     /// Sorted. Also those that refs name and that are not there.
     pub trees: Vec<Stored>,
@@ -36,6 +36,7 @@ pub(super) struct AllStored {
 /// read.
 pub(super) fn all(store: &Folder) -> Result<AllStored, Error> {
     let refs = store.refs()?;
+    let mut names: Vec<String> = Vec::with_capacity(refs.refs.len());
     let mut trees: BTreeMap<TreeDigest, (Vec<String>, Vec<String>)> = BTreeMap::new();
     // After the refs: a publish names its manifest before its ref.
     for (tree, _) in gc::stored_manifests(store)? {
@@ -53,7 +54,9 @@ pub(super) fn all(store: &Folder) -> Result<AllStored, Error> {
                 history.push(name.clone());
             }
         }
+        names.push(name);
     }
+    names.sort_unstable();
     let stored = |(tree, (current_of, history_of)): (TreeDigest, (Vec<String>, Vec<String>))| Stored {
         class: match (current_of.is_empty(), history_of.is_empty()) {
             (false, _) => Class::Current,
@@ -67,7 +70,7 @@ pub(super) fn all(store: &Folder) -> Result<AllStored, Error> {
     let mut trees: Vec<Stored> = trees.into_iter().map(stored).collect();
     trees.sort_unstable();
     Ok(AllStored {
-        refs: refs.refs.len() as u64,
+        refs: names,
         unreadable: refs.unreadable,
         trees,
     })

@@ -6,6 +6,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 
+use super::StoreMetrics;
+
 /// What is counted. The controller and the agent each use their part; what a process does not use stays zero.
 #[derive(Debug)]
 pub struct Metrics {
@@ -35,12 +37,18 @@ pub struct Metrics {
     pub snapshot_failures: Counter,
     /// Retention runs.
     pub retention_runs: Counter,
+    /// Retention runs that failed, or that something unreadable kept from deleting.
+    pub retention_failures: Counter,
     /// Bytes that retention freed.
     pub freed_bytes: Counter,
+    /// 1 while what is in use alone is more than the policy allows.
+    pub over_limit: Gauge,
     /// Distinct contents in the store.
     pub blobs: Gauge,
     /// Bytes of the contents in the store.
     pub stored_bytes: Gauge,
+    /// What the store's room is used for.
+    pub store: StoreMetrics,
     registry: Registry,
 }
 
@@ -111,6 +119,18 @@ impl Metrics {
                 Counter::default(),
             ),
             retention_runs: registered(in_registry, "retention_runs", "Retention runs", Counter::default()),
+            retention_failures: registered(
+                in_registry,
+                "retention_failures",
+                "Retention runs that failed, or that something unreadable kept from deleting",
+                Counter::default(),
+            ),
+            over_limit: registered(
+                in_registry,
+                "over_limit",
+                "1 while what is in use alone is more than the policy allows",
+                Gauge::default(),
+            ),
             freed_bytes: registered(
                 in_registry,
                 "retention_freed_bytes",
@@ -129,6 +149,7 @@ impl Metrics {
                 "Bytes of the contents in the store",
                 Gauge::default(),
             ),
+            store: StoreMetrics::new(in_registry),
             registry,
         }
     }
@@ -147,7 +168,43 @@ impl Default for Metrics {
     }
 }
 
-fn registered<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
+pub(super) fn registered<M: Metric + Clone>(registry: &mut Registry, name: &str, help: &str, metric: M) -> M {
     registry.register(name, help, metric.clone());
     metric
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_metric_is_documented_and_no_other() {
+        let metrics = Metrics::new();
+        // What has labels is told once there is one.
+        metrics.store.of("current", 1, 2);
+        metrics.store.below(None, 1, 2);
+        metrics.store.largest([("ns/name", 2)].into_iter());
+        let text = metrics.text().unwrap();
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+        let mut registered: Vec<String> = types
+            .map(|line| match line.split_once(' ') {
+                Some((name, "counter")) => format!("{name}_total"),
+                Some((name, _)) => name.to_owned(),
+                None => panic!("{line}"),
+            })
+            .collect();
+        registered.sort();
+        let page = include_str!("../../docs/metrics.md");
+        // The table's cells; the examples of alerts name some again.
+        let mut documented: Vec<String> = page
+            .lines()
+            .filter(|line| line.starts_with("| `"))
+            .flat_map(|line| line.split('`'))
+            .filter(|word| word.starts_with("larder_"))
+            .map(|word| word.split('{').next().unwrap_or_default().to_owned())
+            .collect();
+        documented.sort();
+        documented.dedup();
+        assert_eq!(registered, documented);
+    }
 }

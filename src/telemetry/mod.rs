@@ -3,7 +3,9 @@
 mod health;
 mod logs;
 mod metrics;
+mod store;
 
 pub use health::{Health, serve};
 pub use logs::{LogFormat, init_logs};
 pub use metrics::Metrics;
+pub use store::StoreMetrics;

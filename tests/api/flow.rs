@@ -2,7 +2,7 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, PostParams};
 use larder::api::CasManifest;
 use larder::api::conditions::{NEARLY_FULL, STALLED, find, is_true};
 use serde_json::json;
@@ -174,33 +174,12 @@ async fn retention_removes_what_nothing_needs_and_nothing_else() {
     let rules = json!({"schedule": "0 3 * * *", "maxAge": "1s", "gracePeriod": "0s"});
     let name = site.create_policy("retain", rules).await;
     let policies = site.policies().await;
-    let run = async |request: &str| {
-        let patch = json!({"metadata": {"annotations": {"larder.dev/requestedAt": request}}});
-        policies
-            .patch(&name, &PatchParams::default(), &Patch::Merge(patch))
-            .await
-            .unwrap();
-        eventually(PATIENCE, "the run is done", async || {
-            let status = policies
-                .get(&name)
-                .await
-                .map_err(|error| error.to_string())?
-                .status
-                .unwrap_or_default();
-            match status.last_handled_reconcile_at.as_deref() == Some(request) {
-                true => Ok(status),
-                false => Err(format!("{status:?}")),
-            }
-        })
-        .await
-    };
-
     // One of the two manifests over the folder goes: everything is still needed.
     site.delete_manifest("drop").await;
     site.dropped("drop").await;
     tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
-    let status = run("first").await;
-    assert_eq!(status.last_run.as_ref().unwrap().deleted_blobs, 0);
+    let status = site.run_policy(&name).await.status.unwrap();
+    assert_eq!(status.last_run.unwrap().deleted_blobs, 0);
     assert_eq!(site.blobs(), all);
 
     // The other goes too, but a layer is over its tree.
@@ -209,13 +188,22 @@ async fn retention_removes_what_nothing_needs_and_nothing_else() {
     site.delete_manifest("layered").await;
     site.dropped("layered").await;
     tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
-    assert_eq!(run("second").await.last_run.unwrap().deleted_blobs, 0);
+    assert_eq!(
+        site.run_policy(&name)
+            .await
+            .status
+            .unwrap()
+            .last_run
+            .unwrap()
+            .deleted_blobs,
+        0
+    );
     assert_eq!(site.blobs(), all);
     assert!(std::path::Path::new(&layer.path.unwrap()).join("file-00014").exists());
 
     site.delete_layer("user").await;
     tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
-    let done = run("third").await.last_run.unwrap();
+    let done = site.run_policy(&name).await.status.unwrap().last_run.unwrap();
     assert_eq!((done.scanned_blobs, done.deleted_blobs), (35, 15));
     assert_eq!(site.blobs().len(), 20);
     let freed: u64 = (0..15)

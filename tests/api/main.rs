@@ -5,9 +5,12 @@ mod support;
 
 mod admin;
 mod agent;
+mod analytics;
+mod damage;
 mod deploy;
 mod flow;
 mod harness;
+mod policies;
 mod retention;
 mod rules;
 mod units;

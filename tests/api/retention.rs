@@ -4,7 +4,7 @@ use kube::Api;
 use kube::api::DeleteParams;
 use larder::api::NodeStore;
 use larder::api::conditions::{OVER_LIMIT, find};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::support::{PATIENCE, Site, eventually, write_files};
 
@@ -69,12 +69,7 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
         note.contains("for want of room") && note.contains("10 contents and 1 revision of history"),
         "{note}"
     );
-    let runs = std::process::Command::new(env!("CARGO_BIN_EXE_larder"))
-        .args(["store", "-o", "json", "runs", "last", "--store"])
-        .arg(site.root())
-        .output()
-        .unwrap();
-    let run: Value = serde_json::from_slice(&runs.stdout).unwrap();
+    let run = site.store_json(&["runs", "last"]);
     assert_eq!(
         (&run["about"]["trigger"], &run["about"]["policy"]["name"]),
         (&json!("pressure"), &json!(name))

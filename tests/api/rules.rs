@@ -407,7 +407,7 @@ async fn kubectl_shows_each_kind_by_its_short_name_in_columns() {
             "CasManifest",
             "casm",
             "NAME READY REASON FILES SIZE UNIQUE SAVED NODES AGE",
-            "NAME READY REASON FILES SIZE UNIQUE SAVED NODES AGE DIGEST MESSAGE",
+            "NAME READY REASON FILES SIZE UNIQUE SAVED NODES AGE EXCLUSIVE DIGEST MESSAGE",
         ),
         (
             "WritableLayer",
@@ -418,14 +418,14 @@ async fn kubectl_shows_each_kind_by_its_short_name_in_columns() {
         (
             "RetentionPolicy",
             "retp",
-            "NAME READY REASON GOVERNS OVER LAST-RUN DELETED FREED AGE",
-            "NAME READY REASON GOVERNS OVER LAST-RUN DELETED FREED NEXT-RUN AGE MESSAGE",
+            "NAME READY REASON GOVERNS OVER LAST-RUN DELETED FREED NEXT-RUN AGE",
+            "NAME READY REASON GOVERNS OVER DRY-RUN LAST-RUN DELETED FREED NEXT-RUN AGE MESSAGE",
         ),
         (
             "NodeStore",
             "nstore",
-            "NAME READY REASON BLOBS STORED POLICY LAST-RUN FREED AGE",
-            "NAME READY REASON BLOBS STORED POLICY LAST-RUN FREED ROAD AGENT AGE",
+            "NAME READY REASON BLOBS STORED SAVED POLICY OVER LAST-RUN FREED AGE",
+            "NAME READY REASON BLOBS STORED SAVED POLICY OVER LAST-RUN FREED NEXT-RUN HISTORY GARBAGE ROAD AGENT AGE",
         ),
     ] {
         let api = api(&client, kind, &namespace);

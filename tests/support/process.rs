@@ -1,5 +1,6 @@
 //! The program `larder` as a process: its log in a file, and never left behind.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -18,6 +19,8 @@ pub struct LarderProcess {
     child: Child,
     log: PathBuf,
     name: String,
+    /// Where it said that it is ready.
+    port: Option<u16>,
 }
 
 /// Starts `larder` with these arguments, and with `kubeconfig` as its `KUBECONFIG`. The log is in `target/test-logs`.
@@ -50,7 +53,12 @@ impl LarderProcess {
             None => command.env("KUBECONFIG", "/nonexistent/kubeconfig"),
         };
         let child = spawn_that_dies_with_us(command).unwrap_or_else(|error| panic!("larder {args:?}: {error}"));
-        LarderProcess { child, log, name }
+        LarderProcess {
+            child,
+            log,
+            name,
+            port: None,
+        }
     }
 
     /// The process id.
@@ -114,6 +122,7 @@ impl LarderProcess {
             // Plain blocking I/O on loopback: an answer takes a fraction of a millisecond.
             let answer = http_status(port, "/readyz");
             if answer.as_ref().is_ok_and(|status| *status == 200) {
+                self.port = Some(port);
                 return;
             }
             let (name, running) = (self.name.clone(), self.is_running());
@@ -125,6 +134,20 @@ impl LarderProcess {
             );
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
+    }
+
+    /// What a scrape gets of a process that was waited for by [`LarderProcess::wait_ready`]: value by name and labels.
+    pub fn metrics(&self) -> BTreeMap<String, f64> {
+        let port = self.port.expect("it was ready once");
+        let (status, text) = http_get(port, "/metrics").expect("an answer");
+        assert_eq!(status, 200, "{text}");
+        let samples = text.lines().filter(|line| line.starts_with("larder_"));
+        samples
+            .map(|line| {
+                let (name, value) = line.rsplit_once(' ').expect("a name and a value");
+                (name.to_owned(), value.parse().expect("a number"))
+            })
+            .collect()
     }
 
     /// The memory that it holds now, in bytes (`VmRSS`).
@@ -165,21 +188,23 @@ pub fn free_port() -> u16 {
 
 /// The status of `GET path` on this port of 127.0.0.1.
 pub fn http_status(port: u16, path: &str) -> io::Result<u16> {
+    http_get(port, path).map(|(status, _)| status)
+}
+
+/// The status and the text that `GET path` is answered with.
+fn http_get(port: u16, path: &str) -> io::Result<(u16, String)> {
     let limit = Duration::from_secs(5);
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
-    write!(
-        stream,
-        "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
-    )?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let status = String::from_utf8_lossy(&answer)
-        .split(' ')
-        .nth(1)
-        .and_then(|code| code.parse().ok());
-    status.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no HTTP status"))
+    // HTTP/1.0 has no chunks.
+    write!(stream, "GET {path} HTTP/1.0\r\nHost: localhost\r\n\r\n")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let status = status.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "no HTTP status"))?;
+    let text = answer.split_once("\r\n\r\n").map_or("", |(_, text)| text);
+    Ok((status, text.to_owned()))
 }
 
 type Order = (Command, Sender<io::Result<Child>>);

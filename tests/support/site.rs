@@ -1,5 +1,6 @@
 //! A node with an agent at work, a namespace, and a folder of sources: what most tests of the whole need.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -208,6 +209,55 @@ impl Site {
         let created = self.policies().await.create(&PostParams::default(), &policy).await;
         created.expect("created");
         name
+    }
+
+    /// Asks for a run of the policy now, and waits until its nodes have answered.
+    pub async fn run_policy(&self, name: &str) -> RetentionPolicy {
+        let (api, request) = (self.policies().await, unique("run"));
+        let patch = json!({"metadata": {"annotations": {"larder.dev/requestedAt": request}}});
+        let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await;
+        patched.expect("annotated");
+        eventually(PATIENCE, &format!("{name} has run"), async || {
+            let policy = api.get(name).await.map_err(|error| error.to_string())?;
+            let said = policy.status.clone().unwrap_or_default();
+            match said.last_handled_reconcile_at.as_ref() == Some(&request) {
+                true => Ok(policy),
+                false => Err(format!("{said:?}")),
+            }
+        })
+        .await
+    }
+
+    /// What `larder store ARGS -o json` says of the site's store.
+    pub fn store_json(&self, args: &[&str]) -> Value {
+        let output = std::process::Command::new(env!("CARGO_BIN_EXE_larder"))
+            .args(["store", "-o", "json", "--store"])
+            .arg(self.root())
+            .args(args)
+            .output()
+            .expect("larder starts");
+        serde_json::from_slice(&output.stdout)
+            .unwrap_or_else(|_| panic!("{args:?}: {}", String::from_utf8_lossy(&output.stderr)))
+    }
+
+    /// What `kubectl get` prints of an object, by column.
+    pub fn columns(&self, kind: &str, name: &str) -> BTreeMap<String, String> {
+        let table = self.cluster.kubectl_ok(["get", kind, name, "-o", "wide"]);
+        let (header, line) = table.trim_end().split_once('\n').expect("a header and a line");
+        // An empty cell is blank, so the header says where each begins.
+        let mut starts: Vec<usize> = vec![0];
+        let is_start = |at: &usize| header[..*at].ends_with(' ') && !header[*at..].starts_with(' ');
+        starts.extend((1..header.len()).filter(is_start));
+        let ends = starts.iter().skip(1).copied().chain([usize::MAX]);
+        let cell = |text: &str, start: usize, end: usize| {
+            let end = end.min(text.len());
+            text.get(start.min(end)..end).unwrap_or_default().trim().to_owned()
+        };
+        starts
+            .iter()
+            .zip(ends)
+            .map(|(start, end)| (cell(header, *start, end), cell(line, *start, end)))
+            .collect()
     }
 
     pub async fn policies(&self) -> Api<RetentionPolicy> {

@@ -3,7 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-use super::{Amount, Analytics, BUCKETS, Bucket, Dedup, FileOf, ManifestUse, TopBlob};
+use super::{Amount, Analytics, BUCKETS, Bucket, Dedup, FileOf, ManifestUse, RefUse, TopBlob};
 use crate::store::index::Index;
 use crate::store::layout::{Folder, manifest_path};
 use crate::store::stored::{self, Class, Stored};
@@ -14,6 +14,9 @@ const SAMPLES: u64 = 3;
 /// How often it is counted beside a collection that takes something each time.
 const TRIES: u32 = 4;
 
+/// Who names a tree or a content, if not exactly one ref: several do, or something that is no ref.
+const NO_ONE_REF: u32 = u32::MAX;
+
 /// A distinct content.
 struct Blob {
     digest: Digest,
@@ -23,6 +26,8 @@ struct Blob {
     manifests: u32,
     /// The last of them, by index: the only one if there is one.
     last: u32,
+    /// The ref whose trees alone name it, by index, or [`NO_ONE_REF`].
+    only_ref: u32,
     class: Class,
     present: bool,
 }
@@ -30,7 +35,7 @@ struct Blob {
 /// Everything that was counted.
 pub(super) struct Count<'a> {
     store: &'a Folder,
-    refs: u64,
+    refs: Vec<RefUse>,
     index: Index,
     blobs: Vec<Blob>,
     manifests: Vec<ManifestUse>,
@@ -54,9 +59,14 @@ pub(super) fn settled<T>(store: &Folder, figures: impl Fn(&mut Count<'_>) -> Res
 impl<'a> Count<'a> {
     pub fn of(store: &'a Folder) -> Result<Self, Error> {
         let all = stored::all(store)?;
+        let unused = |name| RefUse {
+            name,
+            exclusive_blobs: 0,
+            exclusive_bytes: 0,
+        };
         let mut count = Self {
             store,
-            refs: all.refs,
+            refs: all.refs.into_iter().map(unused).collect(),
             index: Index::new(),
             blobs: Vec::new(),
             manifests: Vec::new(),
@@ -83,6 +93,7 @@ impl<'a> Count<'a> {
     fn add(&mut self, one: Stored, found: manifests::Files) {
         let number = self.manifests.len() as u32;
         let (class, tree) = (one.class, one.tree);
+        let only_ref = self.only_ref(&one);
         let mut used = ManifestUse {
             digest: tree,
             current_of: one.current_of,
@@ -107,6 +118,7 @@ impl<'a> Count<'a> {
                     references: 0,
                     manifests: 0,
                     last: 0,
+                    only_ref,
                     class,
                     present: false,
                 });
@@ -118,6 +130,9 @@ impl<'a> Count<'a> {
                 blob.last = number;
                 used.blobs += 1;
                 used.unique_bytes = used.unique_bytes.saturating_add(blob.size);
+                if blob.only_ref != only_ref {
+                    blob.only_ref = NO_ONE_REF;
+                }
             }
             if blob.size != size {
                 conflict = Some((digest, size, blob.size));
@@ -130,6 +145,14 @@ impl<'a> Count<'a> {
         }
     }
 
+    /// The one ref that names a tree, as its current one or in its history.
+    fn only_ref(&self, tree: &Stored) -> u32 {
+        let mut names = tree.current_of.iter().chain(&tree.history_of);
+        let only = names.next().filter(|first| names.all(|name| name == *first));
+        let found = only.and_then(|name| self.refs.binary_search_by(|used| used.name.cmp(name)).ok());
+        found.map_or(NO_ONE_REF, |index| index as u32)
+    }
+
     pub fn dedup(&self) -> Dedup {
         let logical = sum(self.manifests.iter().map(|used| used.logical_bytes));
         let unique = sum(self.blobs.iter().map(|blob| blob.size));
@@ -139,7 +162,7 @@ impl<'a> Count<'a> {
             _ => of as f64 / whole as f64,
         };
         Dedup {
-            refs: self.refs,
+            refs: self.refs.len() as u64,
             manifests: self.manifests.len() as u64,
             references: sum(self.manifests.iter().map(|used| used.references)),
             unique_blobs: self.blobs.len() as u64,
@@ -180,6 +203,10 @@ impl<'a> Count<'a> {
                 owner.exclusive_blobs += 1;
                 owner.exclusive_bytes = owner.exclusive_bytes.saturating_add(blob.size);
             }
+            if let Some(used) = self.refs.get_mut(blob.only_ref as usize) {
+                used.exclusive_blobs += 1;
+                used.exclusive_bytes = used.exclusive_bytes.saturating_add(blob.size);
+            }
         }
         let saved = |blob: &Blob| blob.size.saturating_mul(u64::from(blob.references.saturating_sub(1)));
         let by_saved = self.first(top, |blob| saved(blob));
@@ -209,6 +236,7 @@ impl<'a> Count<'a> {
             missing,
             sizes,
             manifests: std::mem::take(&mut self.manifests),
+            refs: std::mem::take(&mut self.refs),
             top_saved,
             top_size,
         })

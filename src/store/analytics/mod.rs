@@ -57,6 +57,8 @@ pub struct Analytics {
     pub sizes: Vec<Bucket>,
     /// Every stored tree: the current ones by the names of their refs, then history, then those that no ref names.
     pub manifests: Vec<ManifestUse>,
+    /// Every ref, by its name.
+    pub refs: Vec<RefUse>,
     /// Contents that save most by being stored once: size times references beyond the first.
     pub top_saved: Vec<TopBlob>,
     /// The largest contents.
@@ -110,6 +112,17 @@ pub struct ManifestUse {
     /// Bytes of its distinct contents.
     pub unique_bytes: u64,
     /// Contents that no other stored tree names, whichever refs name this one: what goes when the last of them does.
+    pub exclusive_blobs: u64,
+    pub exclusive_bytes: u64,
+}
+
+/// What one ref keeps, with its history.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct RefUse {
+    /// As `namespace/name`.
+    pub name: String,
+    /// Contents that only trees of this ref name, current or history: what goes when the ref and its history do.
     pub exclusive_blobs: u64,
     pub exclusive_bytes: u64,
 }

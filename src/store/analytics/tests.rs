@@ -131,6 +131,28 @@ fn naive(store: &Store, top: usize) -> Analytics {
             }
         })
         .collect();
+    let mut refs_used: Vec<RefUse> = refs
+        .iter()
+        .map(|r| {
+            let name = r.name.to_string();
+            let is_of = |tree: &TreeDigest| {
+                let (current, history) = names_of(tree);
+                let named: BTreeSet<String> = current.into_iter().chain(history).collect();
+                named == BTreeSet::from([name.clone()])
+            };
+            let only: Vec<u64> = unique
+                .iter()
+                .filter(|(digest, _)| naming(digest).iter().all(is_of))
+                .map(|(_, size)| *size)
+                .collect();
+            RefUse {
+                name,
+                exclusive_blobs: only.len() as u64,
+                exclusive_bytes: only.iter().sum(),
+            }
+        })
+        .collect();
+    refs_used.sort_by(|a, b| a.name.cmp(&b.name));
     let class = |used: &ManifestUse| match (used.current_of.is_empty(), used.history_of.is_empty()) {
         (false, _) => 0,
         (true, false) => 1,
@@ -206,6 +228,7 @@ fn naive(store: &Store, top: usize) -> Analytics {
             between(104_857_600, None),
         ],
         manifests,
+        refs: refs_used,
         top_saved: top_by(&|blob| blob.saved_bytes),
         top_size: top_by(&|blob| blob.size),
     }
@@ -324,6 +347,13 @@ fn a_store_of_known_trees_has_these_figures() {
             row("", "", 19)
         ]
     );
+    // "newer" is of both; "old" is of a's history alone, and goes when a does.
+    let of_refs: Vec<_> = found
+        .refs
+        .iter()
+        .map(|used| (&*used.name, used.exclusive_blobs, used.exclusive_bytes))
+        .collect();
+    assert_eq!(of_refs, [("test/a", 1, 3), ("test/b", 1, 6)]);
     assert_eq!(found.top_saved.len(), 1);
     assert_eq!(
         (found.top_saved[0].references, found.top_saved[0].saved_bytes),

@@ -76,7 +76,7 @@ pub(super) fn check(
 /// Reads all refs and manifests. Returns the trees that could be read, and what they name.
 fn read(store: &Inner, report: &mut Verification) -> Result<(Vec<Stored>, Named), Error> {
     let all = stored::all(store)?;
-    report.refs = all.refs;
+    report.refs = all.refs.len() as u64;
     report.bad_refs = all.unreadable;
     report.bad_manifests.clear();
     let mut named = Named {

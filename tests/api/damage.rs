@@ -1,0 +1,164 @@
+//! What cannot be read keeps everything that it could need, is named, and ends by a rebuild or by giving it up.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use kube::api::DeleteParams;
+use larder::api::conditions::{READY, find};
+use serde_json::json;
+
+use crate::support::{PATIENCE, Site, eventually, write_files};
+
+impl Site {
+    /// Waits until the NodeStore's Ready has this status and says this.
+    async fn store_says(&self, status: &str, said: &str) {
+        // While something is wrong it is looked each minute whether it still is.
+        eventually(
+            PATIENCE * 2,
+            &format!("the NodeStore says {status}: {said}"),
+            async || {
+                let store = self.node_store().await.status.unwrap_or_default();
+                let ready = find(&store.conditions, READY).cloned().ok_or("no Ready yet")?;
+                match ready.status == status && ready.message.contains(said) {
+                    true if status == "True" || ready.reason == "StoreError" => Ok(()),
+                    _ => Err(format!("{ready:?}")),
+                }
+            },
+        )
+        .await;
+    }
+
+    async fn store_names(&self, path: &Path) {
+        self.store_says("False", &path.display().to_string()).await;
+    }
+
+    /// A run deletes nothing, and the policy says which file kept it from that.
+    async fn run_is_blocked_by(&self, policy: &str, path: &Path) {
+        let before = self.blobs();
+        let said = self.run_policy(policy).await.status.unwrap();
+        let ready = find(&said.conditions, READY).unwrap();
+        assert_eq!((&*ready.status, &*ready.reason), ("False", "RunFailed"));
+        assert!(ready.message.contains(&path.display().to_string()), "{}", ready.message);
+        assert_eq!(
+            (said.last_run.unwrap().deleted_blobs, said.nodes.unwrap().failed),
+            (0, 1)
+        );
+        assert_eq!(self.blobs(), before);
+    }
+
+    async fn policy_is_ready(&self, policy: &str) {
+        eventually(PATIENCE, "the policy is ready again", async || {
+            let said = self.policies().await.get(policy).await.unwrap().status.unwrap();
+            match find(&said.conditions, READY) {
+                Some(ready) if ready.status == "True" => Ok(()),
+                other => Err(format!("{other:?}")),
+            }
+        })
+        .await;
+    }
+
+    fn larder_store(&self, args: &[&str]) {
+        let output = Command::new(env!("CARGO_BIN_EXE_larder"))
+            .args(["store", "--store"])
+            .arg(self.root())
+            .args(args)
+            .output()
+            .expect("larder starts");
+        assert!(
+            output.status.success(),
+            "{args:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+    }
+
+    /// The file of the current tree of a manifest.
+    async fn tree_file(&self, name: &str) -> PathBuf {
+        let status = self.manifests().await.get(name).await.unwrap().status.unwrap();
+        let digest = status.digest.unwrap();
+        self.root()
+            .join("manifests")
+            .join(digest.strip_prefix("sha256:").unwrap())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up() {
+    let site = Site::start("damage").await;
+    write_files(&site.source("keep"), 10, "kept");
+    write_files(&site.source("drop"), 5, "dropped");
+    site.create_manifest("keep", json!({})).await;
+    site.create_manifest("drop", json!({})).await;
+    site.manifest_says("keep", "True", "Stored").await;
+    site.manifest_says("drop", "True", "Stored").await;
+    site.delete_manifest("drop").await;
+    site.dropped("drop").await;
+    let rules = json!({"schedule": "0 0 1 1 *", "maxAge": "1s", "gracePeriod": "0s"});
+    let policy = site.create_policy("damage", rules).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+
+    // A manifest: building its owner again writes it anew.
+    let tree = site.tree_file("keep").await;
+    let mut bytes = std::fs::read(&tree).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::remove_file(&tree).unwrap();
+    std::fs::write(&tree, &bytes).unwrap();
+    site.run_is_blocked_by(&policy, &tree).await;
+    site.store_names(&tree).await;
+    site.request("keep").await;
+    site.manifest_says("keep", "True", "Stored").await;
+    site.store_says("True", "").await;
+    site.policy_is_ready(&policy).await;
+
+    // A ref of nobody: it is forgotten.
+    let folder = site.root().join("refs").join("other");
+    std::fs::create_dir_all(&folder).unwrap();
+    std::fs::write(folder.join("stray"), "{").unwrap();
+    site.run_is_blocked_by(&policy, &folder.join("stray")).await;
+    site.store_names(&folder.join("stray")).await;
+    site.larder_store(&["forget", "other/stray"]);
+    site.store_says("True", "").await;
+    site.policy_is_ready(&policy).await;
+
+    // The ref of a manifest that exists: building it again writes it anew.
+    let own = site.root().join("refs").join(&site.namespace).join("keep");
+    std::fs::write(&own, "{").unwrap();
+    site.run_is_blocked_by(&policy, &own).await;
+    site.store_names(&own).await;
+    site.request("keep").await;
+    site.manifest_says("keep", "True", "Stored").await;
+    site.store_says("True", "").await;
+    site.policy_is_ready(&policy).await;
+
+    // A layer's record: only what was written in the layer is lost with it, so nobody but an admin gives it up.
+    let layer = site.root().join("layers").join("0f8fad5b-d9cb-469f-a165-70867728950e");
+    std::fs::create_dir(&layer).unwrap();
+    std::fs::write(layer.join("layer.json"), "{\"version\":").unwrap();
+    site.run_is_blocked_by(&policy, &layer).await;
+    site.store_names(&layer).await;
+    std::fs::rename(&layer, site.store.path().join("moved-away")).unwrap();
+
+    // Nothing keeps what was dropped any more.
+    let ran = site.run_policy(&policy).await.status.unwrap().last_run.unwrap();
+    assert_eq!((ran.deleted_blobs, site.blobs().len()), (5, 10));
+    site.store_says("True", "").await;
+    site.policy_is_ready(&policy).await;
+
+    // A content of a tree that is gone is damage that keeps nothing; a build stores it again.
+    let lost = site.blobs()[0].clone();
+    let path = site.root().join("objects").join(&lost[..2]).join(&lost[2..]);
+    std::fs::remove_file(&path).unwrap();
+    site.run_policy(&policy).await;
+    site.store_says("False", "1 contents that stored trees name are missing")
+        .await;
+    site.request("keep").await;
+    site.manifest_says("keep", "True", "Stored").await;
+    site.store_says("True", "").await;
+    assert_eq!(site.blobs().len(), 10);
+    site.check_store();
+    site.policies()
+        .await
+        .delete(&policy, &DeleteParams::default())
+        .await
+        .unwrap();
+}
