@@ -1,6 +1,10 @@
 //! Collections that are bounded: cut off, slowed down, and with contents that take long to remove.
 
+use std::fs::File;
 use std::num::NonZeroU64;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -93,4 +97,49 @@ fn a_large_content_goes_like_any_other() {
     );
     publish(&store, "again", &[("large", &large)]);
     assert_eq!(check_all(&store), 1);
+}
+
+/// A file that the kernel tells us of when anybody else opens it (fcntl(2), "Leases").
+struct Watched(File);
+
+impl Watched {
+    fn new(path: &Path) -> Watched {
+        let file = File::options().read(true).write(true).open(path).unwrap();
+        // SAFETY: plain calls on a descriptor that is open. Telling is by a signal that would end this process.
+        unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+        let taken = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+        assert_eq!(taken, 0, "{}", std::io::Error::last_os_error());
+        Watched(file)
+    }
+
+    fn was_opened(&self) -> bool {
+        // SAFETY: as above.
+        let held = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_GETLEASE) };
+        held != libc::F_WRLCK
+    }
+}
+
+#[test]
+fn a_collection_opens_no_content_neither_what_stays_nor_what_goes() {
+    let (_dir, store) = store();
+    publish(&store, "kept", &[("f", b"kept"), ("g", b"kept too")]);
+    forgotten(&store, 10);
+    let watch = || -> Vec<Watched> {
+        let shards = std::fs::read_dir(store.root().join("objects")).unwrap();
+        let blobs = shards.flat_map(|shard| std::fs::read_dir(shard.unwrap().path()).unwrap());
+        blobs.map(|blob| Watched::new(&blob.unwrap().path())).collect()
+    };
+    let watched = watch();
+    assert_eq!(watched.len(), 12);
+    assert!(!watched.iter().any(Watched::was_opened));
+    assert_eq!(collect(&store).deleted_blobs, 10);
+    assert!(!watched.iter().any(Watched::was_opened));
+    drop(watched);
+
+    // That it would be seen.
+    let watched = watch();
+    let path = blob_path(&store, &digest_of(b"kept"));
+    let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
+    assert_eq!(opened.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    assert!(watched.iter().any(Watched::was_opened));
 }
