@@ -41,7 +41,7 @@ demo-stop: ## Ends what `make demo KEEP=1` left running
 	hack/demo --stop
 
 .PHONY: bench
-bench: setup tools ## Times and memory against goals; ONLY=ready, store or layers runs one part
+bench: setup tools ## Times and memory against goals; ONLY=ready, store, layers or retention runs one part
 	hack/bench $(ONLY)
 
 .PHONY: soak

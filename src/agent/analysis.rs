@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use tracing::{debug, warn};
+use tracing::{info, warn};
 
 use super::node::Node;
 use super::work::{self, Analysed, Done};
+use crate::api::conditions::reasons;
 use crate::api::{BlobAmount, LargestManifest, SharedBlob, SizeBucket, StoreAnalytics, human_size};
 use crate::cluster::ObjectKey;
-use crate::store::{Amount, Analytics};
+use crate::store::{self, Amount, Analytics, Damage, RefUse};
 
 /// Changes come together: after one, others are waited for so long.
 const SETTLE: Duration = Duration::from_secs(2);
@@ -21,6 +22,9 @@ const PAUSE_FACTOR: u32 = 50;
 
 /// While something is wrong with the store, it is looked this often whether it still is: nobody may tell of the repair.
 const RECHECK: Duration = Duration::from_secs(60);
+
+/// How long a retention run is waited for.
+const RUN: Duration = Duration::from_secs(60);
 
 /// How many manifests and contents are listed.
 pub const LISTED: usize = 10;
@@ -62,9 +66,54 @@ impl Pace {
         }
     }
 
+    pub fn is_counting(&self) -> bool {
+        self.counting
+    }
+
     fn ended(&mut self, now: Instant, took: Duration) {
         self.counting = false;
         self.not_before = now + PAUSE.max(took * PAUSE_FACTOR);
+    }
+}
+
+/// What is wrong with the store itself, for the NodeStore's Ready.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Trouble {
+    pub reason: &'static str,
+    pub message: String,
+}
+
+impl Trouble {
+    /// The first thing that is wrong, and how many more there are.
+    pub fn of(found: Result<&Damage, &store::Error>) -> Option<Self> {
+        let error = |message| Trouble {
+            reason: reasons::STORE_ERROR,
+            message,
+        };
+        let damage = match found {
+            Ok(damage) => damage,
+            Err(failed) => return Some(error(failed.to_string())),
+        };
+        if let [first, more @ ..] = &damage.blocking[..] {
+            let more = match more.len() {
+                0 => String::new(),
+                more => format!(" (and {more} more)"),
+            };
+            return Some(error(format!("{}: {}{more}", first.path, first.message)));
+        }
+        let Amount { blobs, bytes } = damage.missing;
+        let (what, are) = if blobs == 1 {
+            ("content", "is")
+        } else {
+            ("contents", "are")
+        };
+        (blobs > 0).then(|| Trouble {
+            reason: reasons::CONTENT_MISSING,
+            message: format!(
+                "{blobs} {what} of trees in use {are} missing, {} in all; `larder store verify` names the trees",
+                human_size(bytes)
+            ),
+        })
     }
 }
 
@@ -77,13 +126,16 @@ pub struct Figures {
 }
 
 impl Figures {
-    pub fn of(found: &Analytics) -> Self {
-        let named = found.refs.iter().filter_map(|used| {
-            let (namespace, name) = used.name.split_once('/')?;
-            Some((ObjectKey::new(namespace, name), number(used.exclusive_bytes)))
-        });
+    pub fn of(found: &Analytics, damage: &Damage) -> Self {
+        let named = found
+            .refs
+            .iter()
+            .filter_map(|used| Some((key_of(used)?, number(used.exclusive_bytes))));
         Self {
-            status: status(found),
+            status: StoreAnalytics {
+                incomplete: !damage.blocking.is_empty(),
+                ..status(found)
+            },
             exclusive: named.collect(),
         }
     }
@@ -92,9 +144,11 @@ impl Figures {
 impl Node {
     /// Begins a count if one is due; gives the time of the next look.
     pub(super) fn analyse(&mut self, now: Instant) -> Option<Instant> {
-        // What a run takes would have to be counted again.
-        if self.collecting.is_some() {
-            return None;
+        // What a short run takes would have to be counted again; a long one must not hold up what is to be said.
+        if let Some(run) = &self.collecting
+            && now < run.began + RUN
+        {
+            return Some(run.began + RUN);
         }
         match self.pace.begin(now) {
             Ok(()) => {
@@ -108,25 +162,34 @@ impl Node {
     }
 
     pub(super) fn analysed(&mut self, analysed: Analysed, now: Instant) {
-        let Analysed { began, result, problem } = analysed;
+        let Analysed {
+            began,
+            result,
+            trouble,
+            is_blocked,
+        } = analysed;
         self.pace.ended(now, now.duration_since(began));
-        if problem != self.problem {
-            match &problem {
-                Some(problem) => warn!(node = self.node, problem, "something is wrong with the store"),
-                None => debug!(node = self.node, "nothing is wrong with the store any more"),
+        let metrics = &self.health.metrics().store;
+        metrics.problems.set(trouble.is_some().into());
+        if trouble != self.trouble {
+            match &trouble {
+                Some(trouble) => warn!(node = self.node, trouble.message, "something is wrong with the store"),
+                None => info!(node = self.node, "nothing is wrong with the store any more"),
             }
         }
-        self.problem = problem;
-        if self.problem.is_some() {
+        if trouble.is_some() {
             self.pace.changed(now + RECHECK);
-        } else if self.memory.blocked && self.ran.is_none_or(|ran| ran < began) {
+        }
+        self.trouble = trouble;
+        self.is_looked_through = true;
+        if self.memory.blocked && !is_blocked && self.ran.is_none_or(|ran| ran < began) {
             // What kept the last run from deleting is mended; that is said before there is another run.
             (self.memory.blocked, self.memory.state.problem) = (false, None);
             self.unsaved.memory = true;
         }
         match result {
             Ok(figures) => {
-                show(&figures.status, &self.health.metrics().store);
+                show(&figures.status, metrics);
                 self.figures = Some(figures);
             }
             Err(error) => warn!(
@@ -142,26 +205,30 @@ fn status(found: &Analytics) -> StoreAnalytics {
     let mut largest: Vec<_> = found.refs.iter().filter(|used| used.exclusive_bytes > 0).collect();
     // Those of a size stay in the order of their names.
     largest.sort_by_key(|used| std::cmp::Reverse(used.exclusive_bytes));
-    let largest = largest.iter().take(LISTED).map(|used| LargestManifest {
-        name: used.name.clone(),
-        exclusive_bytes: number(used.exclusive_bytes),
-        exclusive: human_size(used.exclusive_bytes),
+    let largest = largest.iter().take(LISTED).filter_map(|used| {
+        let ObjectKey { namespace, name } = key_of(used)?;
+        Some(LargestManifest {
+            namespace,
+            name,
+            exclusive_bytes: number(used.exclusive_bytes),
+            exclusive: human_size(used.exclusive_bytes),
+        })
     });
     let shared = found.top_saved.iter().take(LISTED).map(|blob| SharedBlob {
         digest: format!("sha256:{}", blob.digest.hex()),
         size_bytes: number(blob.size),
         references: number(blob.references),
-        manifests: number(blob.manifests),
+        trees: number(blob.manifests),
         saved_bytes: number(blob.saved_bytes),
         saved: human_size(blob.saved_bytes),
     });
     let sizes = found.sizes.iter().map(|bucket| SizeBucket {
         below: bucket.below.map(number),
         blobs: number(bucket.amount.blobs),
-        bytes: number(bucket.amount.bytes),
+        size_bytes: number(bucket.amount.bytes),
     });
     StoreAnalytics {
-        manifests: number(dedup.manifests),
+        trees: number(dedup.manifests),
         references: number(dedup.references),
         unique_blobs: number(dedup.unique_blobs),
         logical_bytes: number(dedup.logical_bytes),
@@ -179,14 +246,19 @@ fn status(found: &Analytics) -> StoreAnalytics {
         sizes: sizes.collect(),
         largest_manifests: largest.collect(),
         most_shared: shared.collect(),
-        incomplete: dedup.incomplete,
+        incomplete: false,
     }
+}
+
+fn key_of(used: &RefUse) -> Option<ObjectKey> {
+    let (namespace, name) = used.name.split_once('/')?;
+    Some(ObjectKey::new(namespace, name))
 }
 
 fn amount(amount: Amount) -> BlobAmount {
     BlobAmount {
         blobs: number(amount.blobs),
-        bytes: number(amount.bytes),
+        size_bytes: number(amount.bytes),
         size: human_size(amount.bytes),
     }
 }
@@ -196,34 +268,55 @@ fn number(number: u64) -> i64 {
 }
 
 fn show(status: &StoreAnalytics, metrics: &crate::telemetry::StoreMetrics) {
-    metrics.manifests.set(status.manifests);
+    metrics.trees.set(status.trees);
     metrics.references.set(status.references);
     metrics.logical_bytes.set(status.logical_bytes);
     metrics.unique_bytes.set(status.unique_bytes);
     metrics.saved_bytes.set(status.saved_bytes);
-    for (of, amount) in [
+    for (by, amount) in [
         ("current", &status.current),
         ("history", &status.history),
         ("unnamed", &status.unnamed),
         ("garbage", &status.garbage),
-        ("missing", &status.missing),
     ] {
-        metrics.of(of, amount.blobs, amount.bytes);
+        metrics.used(by, amount.blobs, amount.size_bytes);
     }
+    metrics.missing_blobs.set(status.missing.blobs);
+    metrics.missing_bytes.set(status.missing.size_bytes);
     for bucket in &status.sizes {
-        metrics.below(bucket.below, bucket.blobs, bucket.bytes);
+        metrics.below(bucket.below, bucket.blobs, bucket.size_bytes);
     }
-    metrics.largest(
-        status
-            .largest_manifests
-            .iter()
-            .map(|largest| (largest.name.as_str(), largest.exclusive_bytes)),
-    );
+    let largest = status.largest_manifests.iter();
+    metrics.largest(largest.map(|one| (one.namespace.as_str(), one.name.as_str(), one.exclusive_bytes)));
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::store::Problem;
+
+    #[test]
+    fn what_is_wrong_is_said_with_the_worst_first() {
+        let problem = |path: &str| Problem {
+            path: path.to_owned(),
+            message: "no".to_owned(),
+        };
+        let said = |damage: &Damage| Trouble::of(Ok(damage)).map(|trouble| (trouble.reason, trouble.message));
+        let mut damage = Damage::default();
+        assert_eq!(said(&damage), None);
+        damage.missing = Amount { blobs: 2, bytes: 2048 };
+        let (reason, message) = said(&damage).unwrap();
+        assert_eq!(reason, "ContentMissing");
+        assert!(
+            message.starts_with("2 contents of trees in use are missing, 2Ki in all"),
+            "{message}"
+        );
+        damage.blocking = vec![problem("refs/a/b"), problem("refs/c/d")];
+        assert_eq!(
+            said(&damage),
+            Some(("StoreError", "refs/a/b: no (and 1 more)".to_owned()))
+        );
+    }
 
     #[test]
     fn changes_are_counted_together_and_counting_is_a_small_part_of_the_time() {

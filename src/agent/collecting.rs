@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use tracing::{info, warn};
 
-use super::node::{Node, TICK};
+use super::node::{Node, RunUnderWay, TICK};
 use super::retention::{self, Due, How, Room, Trigger};
 use super::work::{self, Collected, Done};
 use crate::api::conditions::reasons;
@@ -43,8 +43,9 @@ impl Node {
                     .unwrap_or_default()
                     .min(TICK)
             }
-            // What should go may still be on its way into history.
-            Due::Now(_) if !self.retiring.is_empty() => now + Duration::from_millis(50),
+            // What should go may still be on its way into history; and of a run and a look through the store one at a time
+            // is enough for the memory and the disk.
+            Due::Now(_) if !self.retiring.is_empty() || self.pace.is_counting() => now + Duration::from_millis(50),
             Due::Now(trigger) => {
                 let how = How {
                     policy,
@@ -52,7 +53,10 @@ impl Node {
                     rate: self.removal_rate,
                     cancel: Arc::default(),
                 };
-                self.collecting = Some(how.cancel.clone());
+                self.collecting = Some(RunUnderWay {
+                    cancel: how.cancel.clone(),
+                    began: now,
+                });
                 let builder = self.builder.clone();
                 self.tasks
                     .spawn_blocking(move || Done::Collected(Box::new(work::collect(&builder, how))));
@@ -86,6 +90,7 @@ impl Node {
         let now = Instant::now();
         self.ran = Some(now);
         self.pace.changed(now);
+        self.health.metrics().retention_runs.inc();
         match &result {
             Ok((report, record)) => {
                 info!(
@@ -99,7 +104,6 @@ impl Node {
                     dry_run = report.dry_run,
                     "retention ran"
                 );
-                self.health.metrics().retention_runs.inc();
                 if !report.dry_run {
                     self.health.metrics().freed_bytes.inc_by(report.freed_bytes);
                 }

@@ -26,6 +26,7 @@ use kube::runtime::watcher;
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::{error, info, warn};
 
+use crate::api::conditions::reasons;
 use crate::api::{NodeStore, WritableLayer};
 use crate::cli::control::Control;
 use crate::cluster::{Followed, ObjectKey, follow, heartbeat};
@@ -81,7 +82,7 @@ struct Disk {
     spec: Option<saved::SavedSpec>,
     memory: retention::Memory,
     refs: BTreeMap<ObjectKey, Ref>,
-    problem: Option<String>,
+    trouble: Option<analysis::Trouble>,
     records: Vec<LayerRecord>,
     /// Runs the writing commands of `larder store` until it is dropped.
     control: Option<Control>,
@@ -132,7 +133,7 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         road: disk.road,
         spec: disk.spec,
         refs: disk.refs,
-        problem: disk.problem,
+        trouble: disk.trouble,
         memory: disk.memory,
         removal_rate: options.removal_rate,
         commands: disk.commands,
@@ -192,10 +193,12 @@ fn open(options: &Options) -> Result<Disk, Error> {
             "a ref cannot be read; retention deletes nothing until its owner is rebuilt or it is forgotten"
         );
     }
-    let problem = problem.or_else(|| {
-        layer_problems
-            .first()
-            .map(|problem| format!("{}: {}", problem.path, problem.message))
+    let layer_problem = layer_problems
+        .first()
+        .map(|problem| format!("{}: {}", problem.path, problem.message));
+    let trouble = problem.or(layer_problem).map(|message| analysis::Trouble {
+        reason: reasons::STORE_ERROR,
+        message,
     });
     // Last, when nothing can fail any more: from here on others have the agent work.
     let commands = Arc::new(Notify::new());
@@ -208,7 +211,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         builder,
         road,
         refs,
-        problem,
+        trouble,
         records,
         // The node's work does not need it.
         control: control

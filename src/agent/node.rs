@@ -13,7 +13,7 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::task::JoinSet;
 use tracing::{debug, error, info, warn};
 
-use super::analysis::{Figures, Pace};
+use super::analysis::{Figures, Pace, Trouble};
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::{self, Failed, Goal, Known, Step};
 use super::retention::{Memory, Room};
@@ -21,7 +21,7 @@ use super::saved::{self, SavedSpec};
 use super::tell;
 use super::throttle::Throttle;
 use super::work::{self, Built, Done};
-use crate::api::conditions::{OVER_LIMIT, Verdict, Wanted, merge, reasons};
+use crate::api::conditions::{OVER_LIMIT, READY, Verdict, Wanted, find, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
 use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status};
 use crate::layer::Road;
@@ -50,7 +50,7 @@ pub struct Start {
     pub road: Option<Road>,
     pub spec: Option<SavedSpec>,
     pub refs: BTreeMap<ObjectKey, Ref>,
-    pub problem: Option<String>,
+    pub trouble: Option<Trouble>,
     pub memory: Memory,
     /// Most files that retention removes in a second.
     pub removal_rate: Option<NonZeroU64>,
@@ -65,6 +65,11 @@ struct Job {
     goal: Goal,
     cancel: Arc<AtomicBool>,
     started: Instant,
+}
+
+pub(super) struct RunUnderWay {
+    pub(super) cancel: Arc<AtomicBool>,
+    pub(super) began: Instant,
 }
 
 /// What changed since it was saved.
@@ -94,15 +99,15 @@ pub struct Node {
     /// Shared with what the loop looks at, which changes the rest of it meanwhile.
     pub(super) spec: Option<Arc<SavedSpec>>,
     pub(super) refs: BTreeMap<ObjectKey, Ref>,
-    /// A problem of the store itself, for the NodeStore's Ready.
-    pub(super) problem: Option<String>,
+    pub(super) trouble: Option<Trouble>,
+    /// The store was looked through since the start: before, there may be troubles that are not known yet.
+    pub(super) is_looked_through: bool,
     jobs: HashMap<String, Job>,
     failed: HashMap<String, Failed>,
     checked: HashMap<String, Instant>,
     pub(super) retiring: HashMap<ObjectKey, Instant>,
     pub(super) memory: Memory,
-    /// Ends the run under way.
-    pub(super) collecting: Option<Arc<AtomicBool>>,
+    pub(super) collecting: Option<RunUnderWay>,
     /// When the last run ended.
     pub(super) ran: Option<Instant>,
     pub(super) removal_rate: Option<NonZeroU64>,
@@ -144,7 +149,8 @@ impl Node {
             owner: start.owner,
             spec: start.spec.map(Arc::new),
             refs: start.refs,
-            problem: start.problem,
+            trouble: start.trouble,
+            is_looked_through: false,
             jobs: HashMap::new(),
             failed: HashMap::new(),
             checked: HashMap::new(),
@@ -200,8 +206,8 @@ impl Node {
         for job in self.jobs.values() {
             job.cancel.store(true, Ordering::Relaxed);
         }
-        if let Some(cancel) = &self.collecting {
-            cancel.store(true, Ordering::Relaxed);
+        if let Some(run) = &self.collecting {
+            run.cancel.store(true, Ordering::Relaxed);
         }
     }
 
@@ -495,16 +501,26 @@ impl Node {
     }
 
     fn verdict(&self) -> Verdict {
-        match &self.problem {
-            Some(problem) => Verdict::Stalled {
-                reason: reasons::STORE_ERROR,
-                message: problem.clone(),
-            },
-            None => Verdict::Ready {
-                reason: reasons::SERVING,
-                message: "the store is open".to_owned(),
-            },
+        if let Some(Trouble { reason, message }) = self.trouble.clone().or_else(|| self.trouble_before()) {
+            return Verdict::Stalled { reason, message };
         }
+        Verdict::Ready {
+            reason: reasons::SERVING,
+            message: "the store is open".to_owned(),
+        }
+    }
+
+    /// What was wrong before this process began, as long as it has not looked whether it still is.
+    fn trouble_before(&self) -> Option<Trouble> {
+        let observed = self.observed.as_ref().filter(|_| !self.is_looked_through)?;
+        let ready = find(&observed.status.conditions, READY)?;
+        let reason = [reasons::STORE_ERROR, reasons::CONTENT_MISSING]
+            .into_iter()
+            .find(|reason| ready.reason == *reason)?;
+        Some(Trouble {
+            reason,
+            message: ready.message.clone(),
+        })
     }
 
     fn finished(&mut self, done: Done) {
@@ -579,7 +595,13 @@ impl Node {
         self.refs_changed(now);
         self.jobs.remove(&goal.uid);
         if let Some(stored) = stored {
-            self.refs.insert(key.clone(), stored);
+            let former = self.refs.insert(key.clone(), stored);
+            // What is known of the name is about another manifest.
+            if let (Some(former), Some(figures)) = (former, &mut self.figures)
+                && former.owner != goal.uid
+            {
+                figures.exclusive.remove(&key);
+            }
         }
         match result {
             Ok(()) => {

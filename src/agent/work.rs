@@ -6,14 +6,14 @@ use std::time::{Duration, Instant, SystemTime};
 
 use tracing::warn;
 
-use super::analysis::{Figures, LISTED};
+use super::analysis::{Figures, LISTED, Trouble};
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
 use super::retention::{How, Room, Trigger};
 use super::{retention, saved};
 use crate::api::{NodeStore, Parsed, ProjectedManifest, StoreUsage, human_size};
 use crate::cluster::{ObjectKey, WriteError};
-use crate::store::{self, Amount, Analytics, Problem, Ref, RefName, Report, RunId};
+use crate::store::{self, Ref, RefName, Report, RunId};
 
 /// What ended on another thread.
 pub enum Done {
@@ -61,8 +61,9 @@ pub struct Collected {
 pub struct Analysed {
     pub began: Instant,
     pub result: Result<Figures, String>,
-    /// What is wrong with the store.
-    pub problem: Option<String>,
+    pub trouble: Option<Trouble>,
+    /// Something keeps collections from deleting.
+    pub is_blocked: bool,
 }
 
 /// Builds a manifest's tree.
@@ -157,44 +158,14 @@ pub fn count(builder: &Builder) -> Option<StoreUsage> {
 /// Looks through the store: what its room is used for, and what is wrong.
 pub fn analyse(builder: &Builder) -> Analysed {
     let began = Instant::now();
-    let found = builder.store.analytics(LISTED);
-    let layers = builder.layers.list();
+    let found = builder.store.look_through(&builder.layers, LISTED);
+    let damage = found.as_ref().map(|(_, damage)| damage);
     Analysed {
         began,
-        problem: problem(&found, layers.map(|(_, problems)| problems)),
+        trouble: Trouble::of(damage),
+        is_blocked: damage.map_or(true, |damage| !damage.blocking.is_empty()),
         result: found
-            .map(|found| Figures::of(&found))
+            .map(|(found, damage)| Figures::of(&found, &damage))
             .map_err(|error| error.to_string()),
     }
-}
-
-/// The first thing that is wrong, and how many more there are.
-fn problem(
-    found: &Result<Analytics, store::Error>,
-    layers: Result<Vec<Problem>, crate::layer::Error>,
-) -> Option<String> {
-    let text = |problem: &Problem| format!("{}: {}", problem.path, problem.message);
-    let mut problems: Vec<String> = Vec::new();
-    match found {
-        Ok(found) => {
-            problems.extend(found.dedup.problems.iter().map(text));
-            let Amount { blobs, bytes } = found.missing;
-            if blobs > 0 {
-                problems.push(format!(
-                    "{blobs} contents that stored trees name are missing, {} in all; `larder store verify` names the trees",
-                    human_size(bytes)
-                ));
-            }
-        }
-        Err(error) => problems.push(error.to_string()),
-    }
-    match layers {
-        Ok(layers) => problems.extend(layers.iter().map(text)),
-        Err(error) => problems.push(error.to_string()),
-    }
-    let first = problems.first()?;
-    Some(match problems.len() {
-        1 => first.clone(),
-        many => format!("{first} (and {} more)", many - 1),
-    })
 }

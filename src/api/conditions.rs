@@ -57,6 +57,8 @@ pub mod reasons {
         DISK_FULL = "DiskFull";
         /// The node's store failed.
         STORE_ERROR = "StoreError";
+        /// Contents of trees that are in use are not in the node's store any more.
+        CONTENT_MISSING = "ContentMissing";
         /// The WritableLayer to snapshot does not exist or is not ready.
         LAYER_NOT_READY = "LayerNotReady";
         /// A layer is mounted.

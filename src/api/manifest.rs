@@ -156,12 +156,13 @@ pub struct CasManifestStatus {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub unique_bytes: Option<i64>,
 
-    /// What deleting the manifest would free in time on each node, for people.
+    /// `exclusiveBytes` for people.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclusive: Option<String>,
 
-    /// Bytes of the contents that no other tree of a node needs, on the node where they are least: what goes with the
-    /// manifest and its history. Counted a little after a node's store has changed.
+    /// Bytes of the contents that only this manifest's tree and its history name, on the node where they are most: what
+    /// goes at most once the manifest is deleted, retention has taken its history, and no layer shows it. Counted a
+    /// little after a node's store has changed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub exclusive_bytes: Option<i64>,
 

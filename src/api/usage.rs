@@ -19,8 +19,9 @@ pub struct StoreUsage {
 #[derive(JsonSchema, Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(rename_all = "camelCase", default)]
 pub struct StoreAnalytics {
-    /// Distinct trees that are stored: current ones, history, and those of layers and mounts alone.
-    pub manifests: i64,
+    /// Distinct trees that are stored: current ones, history, those of layers and mounts alone, and those that the next
+    /// run takes.
+    pub trees: i64,
     /// Regular files of all these trees; the names of one hard-linked file count once.
     pub references: i64,
     /// Distinct contents of them.
@@ -43,7 +44,7 @@ pub struct StoreAnalytics {
     pub current: BlobAmount,
     /// Contents that history names, and no current tree.
     pub history: BlobAmount,
-    /// Contents that only trees name which no manifest does: of layers and mounts, or the next run takes them.
+    /// Contents that only trees name which are of no manifest: of layers and mounts, or the next run takes them.
     pub unnamed: BlobAmount,
     /// Contents that no stored tree names: of running builds, or runs take them in time.
     pub garbage: BlobAmount,
@@ -58,7 +59,7 @@ pub struct StoreAnalytics {
     /// The ten contents whose sharing saves most.
     #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "atomic"))]
     pub most_shared: Vec<SharedBlob>,
-    /// Something could not be read, and the figures are without it; the condition Ready names it.
+    /// Something that is needed could not be read, and the figures are without it; the condition Ready names it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub incomplete: bool,
 }
@@ -68,8 +69,8 @@ pub struct StoreAnalytics {
 #[serde(rename_all = "camelCase", default)]
 pub struct BlobAmount {
     pub blobs: i64,
-    pub bytes: i64,
-    /// `bytes` for people.
+    pub size_bytes: i64,
+    /// `sizeBytes` for people.
     pub size: String,
 }
 
@@ -81,15 +82,17 @@ pub struct SizeBucket {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub below: Option<i64>,
     pub blobs: i64,
-    pub bytes: i64,
+    pub size_bytes: i64,
 }
 
 /// A manifest, and what it has for itself.
 #[derive(JsonSchema, Serialize, Deserialize, Debug, Clone, PartialEq, Eq, Default)]
 #[serde(rename_all = "camelCase", default)]
 pub struct LargestManifest {
-    /// As `namespace/name`. Also one that is deleted and has history on the node, or that `larder store` named.
-    #[schemars(length(max = 317))]
+    #[schemars(length(max = 63))]
+    pub namespace: String,
+    /// Also of one that is deleted and has history on the node, or that `larder store` named.
+    #[schemars(length(max = 253))]
     pub name: String,
     /// Bytes of the contents that only its tree and its history name: what goes when they do.
     pub exclusive_bytes: i64,
@@ -108,7 +111,7 @@ pub struct SharedBlob {
     /// Files of stored trees that have it.
     pub references: i64,
     /// Stored trees that have it.
-    pub manifests: i64,
+    pub trees: i64,
     /// `sizeBytes` times the references beyond the first.
     pub saved_bytes: i64,
     /// `savedBytes` for people.

@@ -1,12 +1,16 @@
 //! `dedup` and `analytics`: what the store's room is used for (docs/store.md defines each figure).
 
+use std::io;
+use std::path::Path;
+
 use clap::Args;
 
 use super::exit::{Exit, Failure};
 use super::io::Io;
 use super::table::Table;
 use super::text::{human_size, printable, short};
-use crate::store::{Amount, Analytics, Bucket, Dedup, Reader, TopBlob};
+use crate::layer;
+use crate::store::{Amount, Analytics, Bucket, Dedup, Error, Held, Holders, Reader, TopBlob};
 
 /// Show what storing every content once saves. Reads every manifest.
 #[derive(Args)]
@@ -33,12 +37,30 @@ pub struct AnalyticsArgs {
 
 impl AnalyticsArgs {
     pub fn run(self, store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
-        let found = store.analytics(self.top)?;
+        let found = store.analytics(&OfLayers(store.root()), self.top)?;
         match io.is_json() {
             true => io.json(&found)?,
             false => print_analytics(&found, io)?,
         }
         Ok(complete(&found.dedup, io))
+    }
+}
+
+/// The trees of layers. Those of mounts that are no layer's are not known to one who does not mount.
+struct OfLayers<'a>(&'a Path);
+
+impl Holders for OfLayers<'_> {
+    fn held(&self) -> Result<Held, Error> {
+        let (layers, unreadable) = layer::list(self.0).map_err(|error| Error::Io {
+            action: "list the layers of",
+            path: self.0.into(),
+            source: io::Error::other(error),
+        })?;
+        Ok(Held {
+            layers: layers.iter().map(|layer| layer.tree).collect(),
+            trees: Vec::new(),
+            unreadable,
+        })
     }
 }
 

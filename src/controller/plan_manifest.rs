@@ -144,8 +144,7 @@ fn describe_tree(status: &mut CasManifestStatus, stored: &[&ManifestState]) {
     status.files = largest(|state| state.files);
     status.size_bytes = largest(|state| state.size_bytes);
     status.unique_bytes = largest(|state| state.unique_bytes);
-    // Least, as with what was saved: so much is true of each node.
-    status.exclusive_bytes = stored.iter().filter_map(|state| state.exclusive_bytes).min();
+    status.exclusive_bytes = largest(|state| state.exclusive_bytes);
     let saved = stored
         .iter()
         .filter_map(|state| Some((state.size_bytes? - state.added_bytes?).max(0)));
@@ -412,6 +411,14 @@ mod tests {
             (("True", "DigestsDiffer"), None)
         );
         assert_eq!(status.saved_bytes, Some(2500), "the node that saved least counts");
+        assert_eq!(status.exclusive_bytes, None, "no node has counted");
+
+        answer(&mut index, "n1", json!({"exclusiveBytes": 700}));
+        let status = plan(&index, &key("m"), at_zero()).unwrap();
+        assert_eq!(status.exclusive.as_deref(), Some("700"));
+        answer(&mut index, "n2", json!({"exclusiveBytes": 0}));
+        let status = plan(&index, &key("m"), at_zero()).unwrap();
+        assert_eq!(status.exclusive_bytes, Some(700), "the node that frees most counts");
     }
 
     #[test]

@@ -289,7 +289,12 @@ pub fn list(root: &Path) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
         match LayerRecord::read(&path, &id) {
             Ok(Some(record)) => records.push(record),
             Ok(None) if record::has_no_data(&path)? => {}
-            Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
+            // It may have been made between the two looks.
+            Ok(None) => match LayerRecord::read(&path, &id) {
+                Ok(Some(record)) => records.push(record),
+                Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
+                Err(error) => problem(error.to_string()),
+            },
             Err(error) => problem(error.to_string()),
         }
     }

@@ -51,7 +51,7 @@ mod verify;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use analytics::{Amount, Analytics, Bucket, Dedup, FileOf, ManifestUse, RefUse, TopBlob};
+pub use analytics::{Amount, Analytics, Bucket, Damage, Dedup, FileOf, ManifestUse, RefUse, TopBlob};
 pub use build::{Blob, Build};
 pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;

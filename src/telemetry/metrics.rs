@@ -181,9 +181,9 @@ mod tests {
     fn each_metric_is_documented_and_no_other() {
         let metrics = Metrics::new();
         // What has labels is told once there is one.
-        metrics.store.of("current", 1, 2);
+        metrics.store.used("current", 1, 2);
         metrics.store.below(None, 1, 2);
-        metrics.store.largest([("ns/name", 2)].into_iter());
+        metrics.store.largest([("ns", "name", 2)].into_iter());
         let text = metrics.text().unwrap();
         let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
         let mut registered: Vec<String> = types

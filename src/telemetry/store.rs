@@ -9,8 +9,8 @@ use super::metrics::registered;
 
 /// What distinct contents are needed for.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct Of {
-    of: &'static str,
+struct Use {
+    r#use: &'static str,
 }
 
 /// The sizes of contents, each from the bound before it on.
@@ -21,14 +21,20 @@ struct Below {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Named {
+    namespace: String,
     manifest: String,
 }
 
 /// Set together, each time the store was looked through.
 #[derive(Debug)]
 pub struct StoreMetrics {
+    /// 1 while something is wrong with the store.
+    pub problems: Gauge,
+    /// Contents of stored trees that are not there, and their bytes.
+    pub missing_blobs: Gauge,
+    pub missing_bytes: Gauge,
     /// Distinct trees that are stored.
-    pub manifests: Gauge,
+    pub trees: Gauge,
     /// Regular files of the stored trees.
     pub references: Gauge,
     /// Bytes of the references.
@@ -37,8 +43,8 @@ pub struct StoreMetrics {
     pub unique_bytes: Gauge,
     /// The difference of the two.
     pub saved_bytes: Gauge,
-    of_blobs: Family<Of, Gauge>,
-    of_bytes: Family<Of, Gauge>,
+    used_blobs: Family<Use, Gauge>,
+    used_bytes: Family<Use, Gauge>,
     below_blobs: Family<Below, Gauge>,
     below_bytes: Family<Below, Gauge>,
     exclusive_bytes: Family<Named, Gauge>,
@@ -47,7 +53,10 @@ pub struct StoreMetrics {
 impl StoreMetrics {
     pub(super) fn new(registry: &mut Registry) -> Self {
         let mut gauge = |name, help| registered(registry, name, help, Gauge::default());
-        let manifests = gauge("store_manifests", "Distinct trees that are stored");
+        let problems = gauge("store_problems", "1 while something is wrong with the store");
+        let missing_blobs = gauge("store_missing_blobs", "Contents of stored trees that are not there");
+        let missing_bytes = gauge("store_missing_bytes", "Bytes of the contents that are not there");
+        let trees = gauge("store_trees", "Distinct trees that are stored");
         let references = gauge("store_references", "Regular files of the stored trees");
         let logical_bytes = gauge("store_logical_bytes", "Bytes of all files of the stored trees");
         let unique_bytes = gauge(
@@ -56,32 +65,35 @@ impl StoreMetrics {
         );
         let saved_bytes = gauge("store_saved_bytes", "Bytes that storing every content once saves");
         Self {
-            manifests,
+            problems,
+            missing_blobs,
+            missing_bytes,
+            trees,
             references,
             logical_bytes,
             unique_bytes,
             saved_bytes,
-            of_blobs: registered(
+            used_blobs: registered(
                 registry,
-                "store_content_blobs",
-                "Distinct contents by what they are for: current, history, unnamed, garbage; or that are missing",
+                "store_blobs_by_use",
+                "Distinct contents by what needs them: current, history, unnamed, garbage",
                 Family::default(),
             ),
-            of_bytes: registered(
+            used_bytes: registered(
                 registry,
-                "store_content_bytes",
-                "Bytes of the distinct contents by what they are for",
+                "store_bytes_by_use",
+                "Bytes of the distinct contents by what needs them",
                 Family::default(),
             ),
             below_blobs: registered(
                 registry,
-                "store_size_blobs",
+                "store_blobs_by_size",
                 "Distinct contents of stored trees by size: below so many bytes, and not below the bound before",
                 Family::default(),
             ),
             below_bytes: registered(
                 registry,
-                "store_size_bytes",
+                "store_bytes_by_size",
                 "Bytes of the distinct contents of stored trees by size",
                 Family::default(),
             ),
@@ -94,10 +106,10 @@ impl StoreMetrics {
         }
     }
 
-    /// Sets what there is of one purpose.
-    pub fn of(&self, of: &'static str, blobs: i64, bytes: i64) {
-        self.of_blobs.get_or_create(&Of { of }).set(blobs);
-        self.of_bytes.get_or_create(&Of { of }).set(bytes);
+    /// Sets what there is for one use.
+    pub fn used(&self, by: &'static str, blobs: i64, bytes: i64) {
+        self.used_blobs.get_or_create(&Use { r#use: by }).set(blobs);
+        self.used_bytes.get_or_create(&Use { r#use: by }).set(bytes);
     }
 
     /// Sets what there is of one size; `None`: of those above all bounds.
@@ -110,11 +122,12 @@ impl StoreMetrics {
     }
 
     /// Names the manifests with most for themselves, in the place of those before.
-    pub fn largest<'a>(&self, manifests: impl Iterator<Item = (&'a str, i64)>) {
+    pub fn largest<'a>(&self, manifests: impl Iterator<Item = (&'a str, &'a str, i64)>) {
         self.exclusive_bytes.clear();
-        for (manifest, bytes) in manifests {
-            let manifest = manifest.to_owned();
-            self.exclusive_bytes.get_or_create(&Named { manifest }).set(bytes);
+        for (namespace, manifest, bytes) in manifests {
+            let (namespace, manifest) = (namespace.to_owned(), manifest.to_owned());
+            let named = Named { namespace, manifest };
+            self.exclusive_bytes.get_or_create(&named).set(bytes);
         }
     }
 }

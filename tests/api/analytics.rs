@@ -20,7 +20,7 @@ async fn analysed(site: &Site, what: &str, is_so: impl Fn(&StoreAnalytics) -> bo
 fn amount(blobs: i64, bytes: u64) -> BlobAmount {
     BlobAmount {
         blobs,
-        bytes: bytes as i64,
+        size_bytes: bytes as i64,
         size: human_size(bytes),
     }
 }
@@ -48,7 +48,7 @@ async fn a_node_tells_what_its_room_is_used_for_and_a_manifest_what_deleting_it_
     site.manifest_says("base", "True", "Stored").await;
     site.manifest_says("more", "True", "Stored").await;
 
-    let status = analysed(&site, "both trees are counted", |found| found.manifests == 2).await;
+    let status = analysed(&site, "both trees are counted", |found| found.trees == 2).await;
     let found = status.analytics.unwrap();
     let (logical, unique) = (2 * shared + own, shared + own);
     assert_eq!((found.references, found.unique_blobs), (25, 15));
@@ -86,11 +86,11 @@ async fn a_node_tells_what_its_room_is_used_for_and_a_manifest_what_deleting_it_
         bounds,
         [Some(1 << 10), Some(1 << 16), Some(1 << 20), Some(100 << 20), None]
     );
-    assert_eq!((found.sizes[0].blobs, found.sizes[0].bytes), (15, unique as i64));
+    assert_eq!((found.sizes[0].blobs, found.sizes[0].size_bytes), (15, unique as i64));
     assert_eq!(found.largest_manifests.len(), 1, "base has nothing for itself");
-    let more = format!("{}/more", site.namespace);
     let largest = &found.largest_manifests[0];
-    assert_eq!((&largest.name, largest.exclusive_bytes), (&more, own as i64));
+    assert_eq!((&largest.namespace, &*largest.name), (&site.namespace, "more"));
+    assert_eq!(largest.exclusive_bytes, own as i64);
     assert_eq!(found.most_shared.len(), 10);
     let biggest = site.source("base").join("file-00009");
     let first = &found.most_shared[0];
@@ -100,7 +100,7 @@ async fn a_node_tells_what_its_room_is_used_for_and_a_manifest_what_deleting_it_
     };
     assert_eq!(first.digest, format!("sha256:{digest}"));
     assert_eq!(
-        (first.references, first.manifests, first.saved_bytes),
+        (first.references, first.trees, first.saved_bytes),
         (2, 2, first.size_bytes)
     );
 
@@ -109,16 +109,19 @@ async fn a_node_tells_what_its_room_is_used_for_and_a_manifest_what_deleting_it_
     assert_eq!(printed["dedup"]["uniqueBytes"], json!(unique));
     assert_eq!(
         printed["refs"][1],
-        json!({"name": more, "exclusiveBlobs": 5, "exclusiveBytes": own})
+        json!({"name": format!("{}/more", site.namespace), "exclusiveBlobs": 5, "exclusiveBytes": own})
     );
     let metrics = site.agent.metrics();
     for (name, value) in [
         ("larder_store_saved_bytes".to_owned(), shared),
-        ("larder_store_content_bytes{of=\"current\"}".to_owned(), unique),
-        ("larder_store_content_blobs{of=\"garbage\"}".to_owned(), 0),
-        ("larder_store_size_blobs{below=\"1024\"}".to_owned(), 15),
+        ("larder_store_bytes_by_use{use=\"current\"}".to_owned(), unique),
+        ("larder_store_blobs_by_use{use=\"garbage\"}".to_owned(), 0),
+        ("larder_store_blobs_by_size{below=\"1024\"}".to_owned(), 15),
         (
-            format!("larder_store_manifest_exclusive_bytes{{manifest=\"{more}\"}}"),
+            format!(
+                "larder_store_manifest_exclusive_bytes{{namespace=\"{}\",manifest=\"more\"}}",
+                site.namespace
+            ),
             own,
         ),
     ] {
@@ -140,26 +143,35 @@ async fn a_node_tells_what_its_room_is_used_for_and_a_manifest_what_deleting_it_
     // A restart shows the same until it has counted again.
     site.agent.kill();
     site.restart_agent().await;
-    assert_eq!(site.node_store().await.status.unwrap().analytics, Some(found));
+    site.request("base").await;
+    site.manifest_says("base", "True", "Stored").await;
+    let status = site.node_store().await.status.unwrap();
+    assert_eq!(status.analytics, Some(found));
+    assert!(
+        status
+            .manifests
+            .iter()
+            .all(|manifest| manifest.exclusive_bytes.is_some())
+    );
 
     // Deleted, it is history, and still what takes the room.
     site.delete_manifest("more").await;
     let status = analysed(&site, "its tree is history", |found| found.history.blobs > 0).await;
     let found = status.analytics.unwrap();
     assert_eq!((&found.current, &found.history), (&amount(10, shared), &amount(5, own)));
-    assert_eq!(found.largest_manifests[0].name, more);
+    assert_eq!(found.largest_manifests[0].name, "more");
     let policy = site
         .create_policy("analytics", json!({"maxAge": "1s", "gracePeriod": "0s"}))
         .await;
     tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
     site.run_policy(&policy).await;
-    let status = analysed(&site, "it is gone", |found| found.manifests == 1).await;
+    let status = analysed(&site, "it is gone", |found| found.trees == 1).await;
     let found = status.analytics.unwrap();
     assert_eq!(
         (found.saved_bytes, found.ratio.as_str(), found.history.blobs),
         (0, "1.00", 0)
     );
-    assert_eq!(found.largest_manifests[0].name, format!("{}/base", site.namespace));
+    assert_eq!(found.largest_manifests[0].name, "base");
     exclusive(&site, "base", shared).await;
     site.policies()
         .await

@@ -4,32 +4,40 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use kube::api::DeleteParams;
+use larder::api::RetentionState;
 use larder::api::conditions::{READY, find};
 use serde_json::json;
 
 use crate::support::{PATIENCE, Site, eventually, write_files};
 
 impl Site {
-    /// Waits until the NodeStore's Ready has this status and says this.
-    async fn store_says(&self, status: &str, said: &str) {
+    /// Waits until the NodeStore's Ready has this status and reason and says this; gives what the node says of retention.
+    async fn store_says(&self, status: &str, reason: &str, said: &str) -> RetentionState {
         // While something is wrong it is looked each minute whether it still is.
-        eventually(
-            PATIENCE * 2,
-            &format!("the NodeStore says {status}: {said}"),
-            async || {
-                let store = self.node_store().await.status.unwrap_or_default();
-                let ready = find(&store.conditions, READY).cloned().ok_or("no Ready yet")?;
-                match ready.status == status && ready.message.contains(said) {
-                    true if status == "True" || ready.reason == "StoreError" => Ok(()),
-                    _ => Err(format!("{ready:?}")),
-                }
-            },
-        )
-        .await;
+        let what = format!("the NodeStore says {status}/{reason}: {said}");
+        eventually(PATIENCE * 2, &what, async || {
+            let store = self.node_store().await.status.unwrap_or_default();
+            let ready = find(&store.conditions, READY).cloned().ok_or("no Ready yet")?;
+            match ready.status == status && ready.reason == reason && ready.message.contains(said) {
+                true => Ok(store.retention.unwrap_or_default()),
+                false => Err(format!("{ready:?}")),
+            }
+        })
+        .await
     }
 
+    async fn store_serves(&self) {
+        self.store_says("True", "Serving", "").await;
+    }
+
+    /// The NodeStore names it, and a look at the store does not make the policy forget what kept its run from deleting.
     async fn store_names(&self, path: &Path) {
-        self.store_says("False", &path.display().to_string()).await;
+        let path = path.display().to_string();
+        let retention = self.store_says("False", "StoreError", &path).await;
+        assert!(
+            retention.problem.as_ref().is_some_and(|said| said.contains(&path)),
+            "{retention:?}"
+        );
     }
 
     /// A run deletes nothing, and the policy says which file kept it from that.
@@ -107,7 +115,28 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     site.store_names(&tree).await;
     site.request("keep").await;
     site.manifest_says("keep", "True", "Stored").await;
-    site.store_says("True", "").await;
+    site.store_serves().await;
+    site.policy_is_ready(&policy).await;
+
+    // A manifest that only an admin named: it is given up.
+    std::fs::create_dir(site.source("mine")).unwrap();
+    std::fs::copy(site.source("drop").join("file-00000"), site.source("mine").join("file")).unwrap();
+    site.larder_store(&[
+        "build",
+        "--name",
+        "other/mine",
+        &site.source("mine").display().to_string(),
+    ]);
+    let shown = site.store_json(&["show", "other/mine"]);
+    let digest = shown["digest"].as_str().unwrap().to_owned();
+    let digest = digest.strip_prefix("sha256:").unwrap_or(&digest);
+    let tree = site.root().join("manifests").join(digest);
+    std::fs::remove_file(&tree).unwrap();
+    std::fs::write(&tree, &bytes).unwrap();
+    site.run_is_blocked_by(&policy, &tree).await;
+    site.store_names(&tree).await;
+    site.larder_store(&["forget", "other/mine"]);
+    site.store_serves().await;
     site.policy_is_ready(&policy).await;
 
     // A ref of nobody: it is forgotten.
@@ -117,7 +146,7 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     site.run_is_blocked_by(&policy, &folder.join("stray")).await;
     site.store_names(&folder.join("stray")).await;
     site.larder_store(&["forget", "other/stray"]);
-    site.store_says("True", "").await;
+    site.store_serves().await;
     site.policy_is_ready(&policy).await;
 
     // The ref of a manifest that exists: building it again writes it anew.
@@ -127,7 +156,7 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     site.store_names(&own).await;
     site.request("keep").await;
     site.manifest_says("keep", "True", "Stored").await;
-    site.store_says("True", "").await;
+    site.store_serves().await;
     site.policy_is_ready(&policy).await;
 
     // A layer's record: only what was written in the layer is lost with it, so nobody but an admin gives it up.
@@ -141,7 +170,7 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     // Nothing keeps what was dropped any more.
     let ran = site.run_policy(&policy).await.status.unwrap().last_run.unwrap();
     assert_eq!((ran.deleted_blobs, site.blobs().len()), (5, 10));
-    site.store_says("True", "").await;
+    site.store_serves().await;
     site.policy_is_ready(&policy).await;
 
     // A content of a tree that is gone is damage that keeps nothing; a build stores it again.
@@ -149,11 +178,11 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     let path = site.root().join("objects").join(&lost[..2]).join(&lost[2..]);
     std::fs::remove_file(&path).unwrap();
     site.run_policy(&policy).await;
-    site.store_says("False", "1 contents that stored trees name are missing")
+    site.store_says("False", "ContentMissing", "1 content of trees in use is missing")
         .await;
     site.request("keep").await;
     site.manifest_says("keep", "True", "Stored").await;
-    site.store_says("True", "").await;
+    site.store_serves().await;
     assert_eq!(site.blobs().len(), 10);
     site.check_store();
     site.policies()

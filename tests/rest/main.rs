@@ -50,6 +50,18 @@ async fn two_minutes_of_rest_change_no_resource_version() {
         }
     })
     .await;
+    // What is wrong with the store is looked at each minute, and said once.
+    let stray = site.root().join("refs/nobodys");
+    std::fs::create_dir(&stray).unwrap();
+    std::fs::write(stray.join("stray"), "{").unwrap();
+    eventually(PATIENCE * 2, "the stray ref is named", async || {
+        let status = site.node_store().await.status.unwrap_or_default();
+        match larder::api::conditions::is_true(&status.conditions, "Stalled") {
+            true => Ok(()),
+            false => Err(format!("{:?}", status.conditions)),
+        }
+    })
+    .await;
     // The layers' use is looked at every 30 s, and may have to be told once.
     tokio::time::sleep(Duration::from_secs(35)).await;
 

@@ -3,11 +3,11 @@
 use std::cmp::Reverse;
 use std::collections::{HashMap, HashSet};
 
-use super::{Amount, Analytics, BUCKETS, Bucket, Dedup, FileOf, ManifestUse, RefUse, TopBlob};
+use super::{Amount, Analytics, BUCKETS, Bucket, Damage, Dedup, FileOf, ManifestUse, RefUse, TopBlob};
 use crate::store::index::Index;
 use crate::store::layout::{Folder, manifest_path};
 use crate::store::stored::{self, Class, Stored};
-use crate::store::{Digest, Error, Problem, TreeDigest, error, gc, manifests};
+use crate::store::{Digest, Error, Held, Holders, Problem, TreeDigest, error, gc, manifests};
 
 /// Files that are named of a content.
 const SAMPLES: u64 = 3;
@@ -16,6 +16,17 @@ const TRIES: u32 = 4;
 
 /// Who names a tree or a content, if not exactly one ref: several do, or something that is no ref.
 const NO_ONE_REF: u32 = u32::MAX;
+
+/// How much a tree is needed. A content is needed as much as the trees that name it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Need {
+    /// Not at all: the next collection takes it.
+    Nobody,
+    /// As history.
+    Past,
+    /// By a ref now, a layer, a mount.
+    Live,
+}
 
 /// A distinct content.
 struct Blob {
@@ -29,6 +40,7 @@ struct Blob {
     /// The ref whose trees alone name it, by index, or [`NO_ONE_REF`].
     only_ref: u32,
     class: Class,
+    need: Need,
     present: bool,
 }
 
@@ -40,64 +52,108 @@ pub(super) struct Count<'a> {
     blobs: Vec<Blob>,
     manifests: Vec<ManifestUse>,
     problems: Vec<Problem>,
+    /// Those of the problems that keep collections from deleting.
+    blocking: Vec<Problem>,
 }
 
 /// Counts, and again if trees have gone meanwhile: a collection that is running takes manifests and then their blobs,
 /// which would be missing. After some tries what was counted last has to do.
-pub(super) fn settled<T>(store: &Folder, figures: impl Fn(&mut Count<'_>) -> Result<T, Error>) -> Result<T, Error> {
+pub(super) fn settled<T>(
+    store: &Folder,
+    holders: &dyn Holders,
+    figures: impl Fn(&mut Count<'_>) -> Result<T, Error>,
+) -> Result<T, Error> {
     for _ in 1..TRIES {
         let before = gc::stored_manifests(store)?;
-        let figures = Count::of(store).and_then(|mut count| figures(&mut count));
+        let figures = Count::of(store, holders).and_then(|mut count| figures(&mut count));
         let after: HashSet<TreeDigest> = gc::stored_manifests(store)?.into_iter().map(|(tree, _)| tree).collect();
         if before.iter().all(|(tree, _)| after.contains(tree)) {
             return figures;
         }
     }
-    figures(&mut Count::of(store)?)
+    figures(&mut Count::of(store, holders)?)
 }
 
 impl<'a> Count<'a> {
-    pub fn of(store: &'a Folder) -> Result<Self, Error> {
+    fn of(store: &'a Folder, holders: &dyn Holders) -> Result<Self, Error> {
+        let Held {
+            layers,
+            trees,
+            unreadable,
+        } = holders.held()?;
+        let mut held: HashSet<TreeDigest> = layers.into_iter().chain(trees).collect();
         let all = stored::all(store)?;
         let unused = |name| RefUse {
             name,
             exclusive_blobs: 0,
             exclusive_bytes: 0,
         };
+        let blocking: Vec<Problem> = all.unreadable.into_iter().chain(unreadable).collect();
         let mut count = Self {
             store,
             refs: all.refs.into_iter().map(unused).collect(),
             index: Index::new(),
             blobs: Vec::new(),
             manifests: Vec::new(),
-            problems: all.unreadable,
+            problems: blocking.clone(),
+            blocking,
         };
         for one in all.trees {
+            let need = match (one.class, held.remove(&one.tree)) {
+                (Class::Current, _) | (_, true) => Need::Live,
+                (Class::History, false) => Need::Past,
+                (Class::Unnamed, false) => Need::Nobody,
+            };
             match manifests::files(store, &one.tree) {
-                Ok(found) => count.add(one, found),
+                Ok(found) => count.add(one, need, found),
                 // It has gone since it was listed.
-                Err(Error::MissingManifest { .. }) if one.class == Class::Unnamed => {}
-                Err(error) => count.problem(&one.tree, error.to_string()),
+                Err(Error::MissingManifest { .. }) if need == Need::Nobody => {}
+                Err(error) => count.problem(&one, need, error.to_string()),
             }
+        }
+        // What a ref names was among them, stored or not; these are of layers and mounts alone.
+        let mut lost: Vec<TreeDigest> = held.into_iter().collect();
+        lost.sort_unstable();
+        for tree in lost {
+            let message = Error::MissingManifest { tree }.to_string();
+            let one = Stored {
+                class: Class::Unnamed,
+                current_of: Vec::new(),
+                history_of: Vec::new(),
+                tree,
+            };
+            count.problem(&one, Need::Live, message);
         }
         Ok(count)
     }
 
-    fn problem(&mut self, tree: &TreeDigest, message: String) {
-        self.problems.push(Problem {
-            path: self.store.path(manifest_path(tree)).display().to_string(),
+    fn problem(&mut self, of: &Stored, need: Need, message: String) {
+        let history = of.history_of.iter().map(|name| format!("the history of {name}"));
+        let mut by: Vec<String> = of.current_of.iter().cloned().chain(history).collect();
+        if by.is_empty() && need == Need::Live {
+            by.push("a layer or mount".to_owned());
+        }
+        let message = match by.is_empty() {
+            true => message,
+            false => format!("{message}; it is needed by {}", by.join(", ")),
+        };
+        let problem = Problem {
+            path: self.store.path(manifest_path(&of.tree)).display().to_string(),
             message,
-        });
+        };
+        if need > Need::Nobody {
+            self.blocking.push(problem.clone());
+        }
+        self.problems.push(problem);
     }
 
-    fn add(&mut self, one: Stored, found: manifests::Files) {
+    fn add(&mut self, one: Stored, need: Need, found: manifests::Files) {
         let number = self.manifests.len() as u32;
-        let (class, tree) = (one.class, one.tree);
         let only_ref = self.only_ref(&one);
         let mut used = ManifestUse {
-            digest: tree,
-            current_of: one.current_of,
-            history_of: one.history_of,
+            digest: one.tree,
+            current_of: one.current_of.clone(),
+            history_of: one.history_of.clone(),
             files: found.names,
             references: found.contents.len() as u64,
             blobs: 0,
@@ -119,7 +175,8 @@ impl<'a> Count<'a> {
                     manifests: 0,
                     last: 0,
                     only_ref,
-                    class,
+                    class: one.class,
+                    need,
                     present: false,
                 });
             }
@@ -130,7 +187,9 @@ impl<'a> Count<'a> {
                 blob.last = number;
                 used.blobs += 1;
                 used.unique_bytes = used.unique_bytes.saturating_add(blob.size);
-                if blob.only_ref != only_ref {
+                blob.need = blob.need.max(need);
+                // What goes with the next collection shares it with nobody.
+                if blob.only_ref != only_ref && need > Need::Nobody {
                     blob.only_ref = NO_ONE_REF;
                 }
             }
@@ -141,7 +200,7 @@ impl<'a> Count<'a> {
         self.manifests.push(used);
         if let Some((content, size, before)) = conflict {
             let message = format!("it gives {content} {size} bytes, and another place {before}: one of them is wrong");
-            self.problem(&tree, message);
+            self.problem(&one, need, message);
         }
     }
 
@@ -193,7 +252,7 @@ impl<'a> Count<'a> {
                 Class::History => history.add(blob.size),
                 Class::Unnamed => unnamed.add(blob.size),
             }
-            if !blob.present {
+            if !blob.present && blob.need > Need::Nobody {
                 missing.add(blob.size);
             }
             let bucket = BUCKETS.partition_point(|bound| *bound <= blob.size);
@@ -209,10 +268,7 @@ impl<'a> Count<'a> {
             }
         }
         let saved = |blob: &Blob| blob.size.saturating_mul(u64::from(blob.references.saturating_sub(1)));
-        let by_saved = self.first(top, |blob| saved(blob));
-        let by_size = self.first(top, |blob| blob.size);
-        let mut samples = self.samples(by_saved.iter().chain(&by_size))?;
-        let mut shown = |numbers: Vec<u32>| -> Vec<TopBlob> {
+        let shown = |numbers: Vec<u32>| -> Vec<TopBlob> {
             let shown = numbers.into_iter().map(|number| {
                 let blob = &self.blobs[number as usize];
                 TopBlob {
@@ -221,12 +277,13 @@ impl<'a> Count<'a> {
                     references: u64::from(blob.references),
                     manifests: u64::from(blob.manifests),
                     saved_bytes: saved(blob),
-                    samples: samples.entry(number).or_default().clone(),
+                    samples: Vec::new(),
                 }
             });
             shown.collect()
         };
-        let (top_saved, top_size) = (shown(by_saved), shown(by_size));
+        let top_saved = shown(self.first(top, saved));
+        let top_size = shown(self.first(top, |blob| blob.size));
         Ok(Analytics {
             dedup: self.dedup(),
             current,
@@ -278,34 +335,49 @@ impl<'a> Count<'a> {
         first.into_iter().map(|(_, _, number)| number).collect()
     }
 
-    /// A few files of each of these contents.
-    fn samples<'n>(&self, of: impl Iterator<Item = &'n u32>) -> Result<HashMap<u32, Vec<FileOf>>, Error> {
-        let mut wanted: HashMap<Digest, (u32, u64)> = of
-            .map(|number| {
-                let blob = &self.blobs[*number as usize];
-                (blob.digest, (*number, SAMPLES.min(u64::from(blob.references))))
-            })
-            .collect();
-        let mut samples: HashMap<u32, Vec<FileOf>> = HashMap::new();
-        for used in &self.manifests {
-            if wanted.is_empty() {
+    /// Names a few files of each of the contents that are listed.
+    pub fn add_samples(&self, found: &mut Analytics) -> Result<(), Error> {
+        let listed = found.top_saved.iter().chain(&found.top_size);
+        let mut left: HashMap<Digest, u64> = listed.map(|blob| (blob.digest, SAMPLES.min(blob.references))).collect();
+        let mut samples: HashMap<Digest, Vec<FileOf>> = HashMap::new();
+        for used in &found.manifests {
+            if left.is_empty() {
                 break;
             }
             manifests::paths(self.store, &used.digest, &mut |digest, _, path| {
-                if let Some((number, left)) = wanted.get_mut(digest) {
-                    samples.entry(*number).or_default().push(FileOf {
+                if let Some(more) = left.get_mut(digest) {
+                    samples.entry(*digest).or_default().push(FileOf {
                         manifest: used.digest,
                         path: error::path_text(path),
                     });
-                    *left -= 1;
-                    if *left == 0 {
-                        wanted.remove(digest);
+                    *more -= 1;
+                    if *more == 0 {
+                        left.remove(digest);
                     }
                 }
-                !wanted.is_empty()
+                !left.is_empty()
             })?;
         }
-        Ok(samples)
+        for blob in found.top_saved.iter_mut().chain(&mut found.top_size) {
+            blob.samples = samples.get(&blob.digest).cloned().unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// What keeps collections from deleting, and what is missing of trees that are live.
+    pub fn damage(&self) -> Damage {
+        let mut missing = Amount::default();
+        for blob in self
+            .blobs
+            .iter()
+            .filter(|blob| !blob.present && blob.need == Need::Live)
+        {
+            missing.add(blob.size);
+        }
+        Damage {
+            blocking: self.blocking.clone(),
+            missing,
+        }
     }
 }
 

@@ -10,7 +10,7 @@ mod tests;
 
 use serde::Serialize;
 
-use super::{Digest, Error, Problem, Reader, TreeDigest};
+use super::{Digest, Error, Held, Holders, Problem, Reader, TreeDigest};
 
 /// What storing every content once saves.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -51,7 +51,8 @@ pub struct Analytics {
     pub unnamed: Amount,
     /// What lies in the store and no stored tree names: of running builds, or collections take it in time.
     pub garbage: Amount,
-    /// Contents that a tree names and that are not there: damage. They are among the figures above.
+    /// Contents that a tree names and that are not there: damage. They are among the figures above. Trees that the next
+    /// collection takes do not count.
     pub missing: Amount,
     /// The distinct contents by size, the smallest first.
     pub sizes: Vec<Bucket>,
@@ -122,7 +123,8 @@ pub struct ManifestUse {
 pub struct RefUse {
     /// As `namespace/name`.
     pub name: String,
-    /// Contents that only trees of this ref name, current or history: what goes when the ref and its history do.
+    /// Contents that only trees of this ref name, current or history: what goes when the ref and its history do. Trees
+    /// that the next collection takes do not count.
     pub exclusive_blobs: u64,
     pub exclusive_bytes: u64,
 }
@@ -150,17 +152,47 @@ pub struct FileOf {
     pub path: String,
 }
 
+/// What is wrong with a store, as far as reading the manifests and listing the contents tells.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Damage {
+    /// What cannot be read, and keeps collections from deleting as long as it cannot.
+    pub blocking: Vec<Problem>,
+    /// Contents that a current tree, or one of a layer or mount, names and that are not there.
+    pub missing: Amount,
+}
+
+/// Needs no tree.
+struct Nobody;
+
+impl Holders for Nobody {
+    fn held(&self) -> Result<Held, Error> {
+        Ok(Held::default())
+    }
+}
+
 impl Reader {
     /// What storing every content once saves. Reads every manifest, and no blob.
     ///
     /// Beside a collection it counts again, a few times, until nothing has gone meanwhile.
     pub fn dedup(&self) -> Result<Dedup, Error> {
-        count::settled(&self.folder, |count| Ok(count.dedup()))
+        count::settled(&self.folder, &Nobody, |count| Ok(count.dedup()))
     }
 
-    /// What the room is used for, with the `top` first contents of each order. Reads every manifest, and the names in
-    /// `objects/`. As [`Reader::dedup`] beside a collection.
-    pub fn analytics(&self, top: usize) -> Result<Analytics, Error> {
-        count::settled(&self.folder, |count| count.analytics(top))
+    /// What the room is used for, with the `top` first contents of each order and some of their files. Reads every
+    /// manifest, and the names in `objects/`. As [`Reader::dedup`] beside a collection.
+    pub fn analytics(&self, holders: &dyn Holders, top: usize) -> Result<Analytics, Error> {
+        count::settled(&self.folder, holders, |count| {
+            let mut found = count.analytics(top)?;
+            count.add_samples(&mut found)?;
+            Ok(found)
+        })
+    }
+
+    /// As [`Reader::analytics`], without the files, and what is wrong.
+    pub fn look_through(&self, holders: &dyn Holders, top: usize) -> Result<(Analytics, Damage), Error> {
+        count::settled(&self.folder, holders, |count| {
+            let found = count.analytics(top)?;
+            Ok((found, count.damage()))
+        })
     }
 }

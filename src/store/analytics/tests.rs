@@ -83,9 +83,6 @@ fn naive(store: &Store, top: usize) -> Analytics {
     }
     let mut garbage = on_disk.clone();
     garbage.retain(|digest, _| !unique.contains_key(digest));
-    let mut missing = unique.clone();
-    missing.retain(|digest, _| !on_disk.contains_key(digest));
-
     let references = |digest: &Digest| all.iter().filter(|(other, _)| other == digest).count() as u64;
     let naming = |digest: &Digest| -> Vec<TreeDigest> {
         let naming = trees
@@ -93,6 +90,12 @@ fn naive(store: &Store, top: usize) -> Analytics {
             .filter(|(_, tree)| leaves(tree).iter().any(|(other, _)| other == digest));
         naming.map(|(tree, _)| *tree).collect()
     };
+    let mut missing = unique.clone();
+    missing.retain(|digest, _| {
+        let is_needed = |tree: &TreeDigest| current.contains(tree) || history.contains(tree);
+        !on_disk.contains_key(digest) && naming(digest).iter().any(is_needed)
+    });
+
     let names_of = |digest: &TreeDigest| {
         let current: Vec<String> = refs
             .iter()
@@ -135,14 +138,17 @@ fn naive(store: &Store, top: usize) -> Analytics {
         .iter()
         .map(|r| {
             let name = r.name.to_string();
-            let is_of = |tree: &TreeDigest| {
-                let (current, history) = names_of(tree);
-                let named: BTreeSet<String> = current.into_iter().chain(history).collect();
-                named == BTreeSet::from([name.clone()])
+            // Of the trees that a ref names; the next collection takes the others.
+            let users = |digest: &Digest| -> BTreeSet<String> {
+                let names = naming(digest).into_iter().flat_map(|tree| {
+                    let (current, history) = names_of(&tree);
+                    current.into_iter().chain(history)
+                });
+                names.collect()
             };
             let only: Vec<u64> = unique
                 .iter()
-                .filter(|(digest, _)| naming(digest).iter().all(is_of))
+                .filter(|(digest, _)| users(digest) == BTreeSet::from([name.clone()]))
                 .map(|(_, size)| *size)
                 .collect();
             RefUse {
@@ -290,7 +296,7 @@ proptest! {
                 std::fs::remove_file(blob_path(&store, digest)).unwrap();
             }
         }
-        let found = store.analytics(top).unwrap();
+        let found = store.analytics(&Nobody, top).unwrap();
         prop_assert_eq!(&store.dedup().unwrap(), &found.dedup);
         prop_assert_eq!(without_samples(&store, found), naive(&store, top));
     }
@@ -308,7 +314,7 @@ fn a_store_of_known_trees_has_these_figures() {
     drop(unnamed);
     publish(&store, "gone", &[("f", b"garbage of 19 bytes")]);
     store.forget(&name("gone")).unwrap();
-    let found = store.analytics(1).unwrap();
+    let found = store.analytics(&Nobody, 1).unwrap();
     assert_eq!(
         (
             found.dedup.refs,
@@ -374,7 +380,7 @@ fn a_store_of_known_trees_has_these_figures() {
         SystemTime::now(),
     );
     assert_eq!(report.unwrap().deleted_blobs, 0);
-    let found = store.analytics(1).unwrap();
+    let found = store.analytics(&Nobody, 1).unwrap();
     assert_eq!(
         (found.unnamed, found.garbage),
         (Amount::default(), Amount { blobs: 1, bytes: 19 })
@@ -414,4 +420,47 @@ fn what_cannot_be_read_is_reported_and_makes_the_figures_incomplete() {
     }
     // Of the four trees, those of "c" and (without its ref) "d" could be read.
     assert_eq!((found.refs, found.manifests, found.logical_bytes), (3, 2, 9));
+}
+
+#[test]
+fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts() {
+    let (_dir, store) = store();
+    let shared = vec![7; 2000];
+    let former = publish(&store, "a", &[("x", &shared), ("y", b"old")]).digest;
+    let mut target = target("a", "uid-1");
+    target.history_limit = 0;
+    let build = store.build().unwrap();
+    let tree = tree_of(&build, &[("x", &shared), ("y", b"newer")]);
+    build.publish(&tree, target).unwrap();
+    std::fs::remove_file(blob_path(&store, &digest_of(b"old"))).unwrap();
+
+    let (found, damage) = store.look_through(&Nobody, 1).unwrap();
+    assert_eq!(found.dedup.manifests, 2);
+    assert_eq!(
+        (found.refs[0].exclusive_blobs, found.refs[0].exclusive_bytes),
+        (2, 2005)
+    );
+    assert_eq!((found.missing, &damage), (Amount::default(), &Damage::default()));
+    let held = Trees(vec![former]);
+    let (found, damage) = store.look_through(&held, 1).unwrap();
+    assert_eq!((found.refs[0].exclusive_blobs, found.refs[0].exclusive_bytes), (1, 5));
+    let lost = Amount { blobs: 1, bytes: 3 };
+    assert_eq!((found.missing, damage.missing), (lost, lost));
+
+    // Its manifest is damaged: that hurts only who needs it.
+    let path = store.root().join("manifests").join(former.hex());
+    std::fs::remove_file(&path).unwrap();
+    std::fs::write(&path, "no manifest").unwrap();
+    assert_eq!(store.look_through(&Nobody, 1).unwrap().1, Damage::default());
+    let blocking = store.look_through(&held, 1).unwrap().1.blocking;
+    assert_eq!(blocking.len(), 1);
+    assert!(
+        blocking[0].message.ends_with("needed by a layer or mount"),
+        "{blocking:?}"
+    );
+    std::fs::remove_file(&path).unwrap();
+    let blocking = store.look_through(&held, 1).unwrap().1.blocking;
+    assert!(blocking[0].message.contains("not in the store"), "{blocking:?}");
+    assert!(blocking[0].path.ends_with(&former.hex()), "{blocking:?}");
+    assert_eq!(store.look_through(&Nobody, 1).unwrap().1, Damage::default());
 }
