@@ -19,7 +19,8 @@ use super::tell;
 use crate::api::conditions::{NEARLY_FULL, reasons};
 use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer};
 use crate::cluster::{
-    AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, uid_of,
+    AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, is_news,
+    uid_of,
 };
 use crate::layer::{LayerId, LayerRecord, Layers, OwnerKind};
 use crate::telemetry::Health;
@@ -379,6 +380,11 @@ impl Keeper {
 
     /// The answer to an own write. An object whose last finalizer went is gone with it.
     fn answered(&mut self, object: Parsed<WritableLayer>) {
+        let known = self.entries.get(&ObjectKey::of(&object.metadata));
+        let known = known.map(|entry| (&*entry.observed.uid, &*entry.observed.resource_version));
+        if !is_news(known, &object.metadata) {
+            return;
+        }
         let gone = object.metadata.deletion_timestamp.is_some()
             && object
                 .metadata

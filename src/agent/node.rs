@@ -23,7 +23,7 @@ use super::throttle::Throttle;
 use super::work::{self, Built, Done};
 use crate::api::conditions::{OVER_LIMIT, READY, Verdict, Wanted, find, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
-use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status};
+use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status, is_news};
 use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
@@ -566,7 +566,11 @@ impl Node {
                         self.write_backoff.succeeded();
                         self.differs_since = None;
                         self.health.metrics().writes.inc();
-                        self.observe(*object);
+                        let known = self.observed.as_ref();
+                        let known = known.map(|known| (known.uid.as_str(), known.resource_version.as_str()));
+                        if is_news(known, &object.metadata) {
+                            self.observe(*object);
+                        }
                     }
                     Err(error) => {
                         self.health.metrics().write_errors.inc();

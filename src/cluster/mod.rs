@@ -1,12 +1,14 @@
 //! Talking to the API server, for the controller and the agent: following objects until their absence is proved,
 //! writing with server-side apply, events, leases, back-off.
 
+mod answer;
 mod backoff;
 mod events;
 mod follow;
 mod heartbeat;
 mod write;
 
+pub use answer::is_news;
 pub use backoff::Backoff;
 pub use events::{Announcer, Said};
 pub use follow::{Followed, ObjectKey, follow, follow_in, uid_of};

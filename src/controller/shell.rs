@@ -20,7 +20,7 @@ use super::{MANAGER, plan_layer, plan_manifest, plan_node, plan_policy};
 use crate::api::{CasManifest, NodeStore, Parsed, RetentionPolicy, WritableLayer};
 use crate::cluster::{
     Announcer, Backoff, CALL_TIMEOUT, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_object,
-    apply_status, uid_of,
+    apply_status, is_news, uid_of,
 };
 use crate::telemetry::Health;
 
@@ -361,15 +361,10 @@ impl Shell {
             Ok(written) => {
                 turn.backoff.succeeded();
                 self.health.metrics().writes.inc();
-                // The answer is newer than what the watch has said; waiting for the watch would mean planning from
-                // the old state.
-                match written {
-                    Written::Manifest(object) => self.index.manifest(*object),
-                    Written::Policy(object) => self.index.policy(*object),
-                    Written::Layer(object) => self.index.layer(*object),
-                    Written::Store(object) => self.index.store(*object),
-                    Written::Nothing => turn.due = true,
+                if matches!(written, Written::Nothing) {
+                    turn.due = true;
                 }
+                self.answered(&key, written);
             }
             Err(WriteError::NotFound) => debug!(?key, "gone before it could be written"),
             Err(error) => {
@@ -381,6 +376,25 @@ impl Shell {
                     warn!(?key, %error, failures = failures + 1, "cannot write; trying again");
                 }
             }
+        }
+    }
+
+    /// Takes the answer to a write in. Waiting for the watch would mean planning from the old state.
+    fn answered(&mut self, key: &Key, written: Written) {
+        let index = &mut self.index;
+        let known = match key {
+            Key::Node(name) => index.stores.get(name).map(|facts| &facts.meta),
+            Key::Manifest(object) => index.manifests.get(object).map(|facts| &facts.meta),
+            Key::Policy(name) => index.policies.get(name).map(|facts| &facts.meta),
+            Key::Layer(object) => index.layers.get(object).map(|facts| &facts.meta),
+        };
+        let known = known.map(|meta| (meta.uid.as_str(), meta.resource_version.as_str()));
+        match written {
+            Written::Manifest(object) if is_news(known, &object.metadata) => index.manifest(*object),
+            Written::Policy(object) if is_news(known, &object.metadata) => index.policy(*object),
+            Written::Layer(object) if is_news(known, &object.metadata) => index.layer(*object),
+            Written::Store(object) if is_news(known, &object.metadata) => index.store(*object),
+            _ => {}
         }
     }
 

@@ -331,5 +331,6 @@ fn ninety_days_lose_nothing_that_is_needed_and_keep_the_limits() {
         world.now += Duration::from_secs(rng.random_range(0..=2 * DAYS * DAY / steps));
     }
     println!("{} collections deleted {} contents", world.collections, world.deleted);
-    assert!(world.collections > steps / 10 && world.deleted > steps / 10);
+    // What comes of age in ninety days is as much in many small steps as in few large ones.
+    assert!(world.collections > steps / 10 && world.deleted > 200);
 }
