@@ -53,7 +53,7 @@ fn main() {
 
 fn rounds() -> usize {
     let rounds = std::env::var("ROUNDS").ok().and_then(|text| text.parse().ok());
-    rounds.unwrap_or(5)
+    rounds.unwrap_or(3)
 }
 
 fn collect(store: &Path, more: &[&str]) -> Command {

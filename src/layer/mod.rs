@@ -247,9 +247,9 @@ impl Layers {
         self.0.verify_images(cancel)
     }
 
-    /// As [`list`], of this store.
+    /// As [`list`], of this store. Its folder of layers was made when they were opened: that it is not there is an error.
     pub fn list(&self) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
-        list(&self.0.root)
+        list_in(&self.0.root.join("layers"))
     }
 
     /// What is recorded of a layer; `None` when it has no record.
@@ -266,15 +266,22 @@ impl Layers {
 }
 
 /// Every layer that has a record in the store at `root`, whatever its stage, and what in the folder of layers cannot be
-/// understood. Needs no lock.
+/// understood. Needs no lock. A store that never had layers need not have the folder.
 ///
 /// A layer at [`Stage::Releasing`] waits for a call of [`Layers::release`] to finish.
 pub fn list(root: &Path) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
     let folder = root.join("layers");
+    match fs::symlink_metadata(&folder) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok((Vec::new(), Vec::new())),
+        _ => list_in(&folder),
+    }
+}
+
+fn list_in(folder: &Path) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
     let mut records = Vec::new();
     let mut problems = Vec::new();
-    for entry in fs::read_dir(&folder).context("list", &folder)? {
-        let entry = entry.context("list", &folder)?;
+    for entry in fs::read_dir(folder).context("list", folder)? {
+        let entry = entry.context("list", folder)?;
         let path = entry.path();
         let mut problem = |message: String| {
             problems.push(Problem {

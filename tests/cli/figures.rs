@@ -32,6 +32,9 @@ fn what_is_saved_is_told_as_a_table_and_as_json() {
             .ends_with("saved 0, 0.0 %: a ratio of 1.00\n")
     );
     empty.run(&["analytics"]).done();
+    // There never was a layer.
+    empty.run(&["layers"]).done();
+    assert_eq!(empty.json(&["analytics"])["refs"], json!([]));
 }
 
 #[test]
@@ -49,6 +52,8 @@ fn analytics_tell_what_each_tree_takes_and_which_contents_matter() {
     assert_eq!(found["missing"], json!({"blobs": 0, "bytes": 0}));
     assert_eq!(found["sizes"][0], json!({"below": 1024, "blobs": 1, "bytes": 6}));
     assert_eq!(found["sizes"][4], json!({"below": null, "blobs": 0, "bytes": 0}));
+    let name = json!({"name": "local/t", "exclusiveBlobs": 3, "exclusiveBytes": 73_006});
+    assert_eq!(found["refs"], json!([name]));
     let trees = found["manifests"].as_array().unwrap();
     assert_eq!(
         (&trees[0]["digest"], &trees[1]["digest"]),
