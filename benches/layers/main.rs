@@ -3,8 +3,12 @@
 //!
 //! `ROUNDS=3` is a quick look: it makes samples fewer, not trees smaller. `PARTS="mounts reading"` runs some of them.
 
+#[path = "../support/apart.rs"]
+mod apart;
 #[path = "../support/disk.rs"]
 mod disk;
+#[path = "../support/flat.rs"]
+mod flat;
 #[path = "../support/goals.rs"]
 mod goals;
 mod life;

@@ -9,9 +9,10 @@ use std::time::Instant;
 use larder::layer::Mode;
 use larder::store::tree::{Leaf, LeafKind, Tree};
 
+use super::flat::{meta, publish_tree};
 use super::goals::Goals;
 use super::run::median;
-use super::trees::{LARGE, Site, meta, path_of, publish_tree};
+use super::trees::{LARGE, Site, path_of};
 use super::{MIB, samples};
 
 const CHANGED: usize = 1_000;

@@ -1,11 +1,12 @@
 //! The trees that are mounted, and the store that they are in.
 
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
 
 use larder::layer::{self, LayerOwner, LayerSpec, Layers, Mode};
-use larder::store::tree::{Leaf, LeafKind, Meta, Tree};
-use larder::store::{self, Build, Publish, RefName, Store, TreeDigest};
+use larder::store::{self, RefName, Store, TreeDigest};
+
+use super::apart;
+use super::flat::{publish_tree, tree_of};
 
 /// Files in a folder.
 const FOLDER: usize = 100;
@@ -26,16 +27,12 @@ pub struct Site {
     pub trees: Vec<(usize, TreeDigest)>,
 }
 
-/// Set for the process that makes the trees: its memory would count as that of the programs that the bench starts, for
-/// what a process has had before it becomes another program counts as that one's.
-const MAKE: &str = "LARDER_BENCH_TREES";
-
 /// Makes the trees if this process was started for that.
 pub fn make() -> bool {
-    let Some(root) = std::env::var_os(MAKE) else {
+    let Some(root) = apart::asked() else {
         return false;
     };
-    let store = Store::open(Path::new(&root), store::Options::default()).expect("a store");
+    let store = Store::open(&root, store::Options::default()).expect("a store");
     for files in [SMALL, MIDDLE, LARGE] {
         publish(&store, files);
     }
@@ -45,8 +42,7 @@ pub fn make() -> bool {
 impl Site {
     pub fn new(disk: &Path) -> Site {
         let root = disk.join("store");
-        let program = std::env::current_exe().expect("this program");
-        super::disk::sh(std::process::Command::new(program).env(MAKE, &root));
+        apart::ask(&root);
         let store = Store::open(&root, store::Options::default()).expect("a store");
         let layers = Layers::open(store.clone(), layer::Options::default()).expect("layers");
         let trees = [SMALL, MIDDLE, LARGE].map(|files| {
@@ -98,51 +94,11 @@ fn content(number: usize) -> Vec<u8> {
         .collect()
 }
 
-pub fn meta(mode: u16) -> Meta {
-    Meta {
-        mode,
-        mtime: (1_700_000_000, 0),
-        ..Meta::default()
-    }
-}
-
 fn publish(store: &Store, files: usize) -> TreeDigest {
     let build = store.build().expect("a build");
     let blobs: Vec<_> = (0..CONTENTS.min(files))
         .map(|number| build.put_bytes(&content(number)).expect("stored"))
         .collect();
-    let mut tree = Tree::new(meta(0o755));
-    let mut folder = Tree::ROOT;
-    for file in 0..files {
-        if file % FOLDER == 0 {
-            let name = format!("folder-{:05}", file / FOLDER);
-            folder = tree
-                .add_dir(Tree::ROOT, name.as_bytes(), meta(0o755))
-                .expect("a folder");
-        }
-        let blob = &blobs[file % blobs.len()];
-        let leaf = Leaf {
-            meta: meta(0o644),
-            kind: LeafKind::File {
-                digest: blob.digest,
-                size: blob.size,
-            },
-        };
-        let name = format!("file-{file:07}");
-        tree.add_leaf(folder, name.as_bytes(), leaf).expect("a file");
-    }
-    publish_tree(build, &tree.finish().expect("a tree"), &format!("files-{files}"))
-}
-
-pub fn publish_tree(build: Build, tree: &Tree, name: &str) -> TreeDigest {
-    let target = Publish {
-        name: RefName::new("local", name).expect("a name"),
-        owner: "bench".to_owned(),
-        generation: 0,
-        request: None,
-        source: serde_json::Value::Null,
-        history_limit: 0,
-        now: SystemTime::now(),
-    };
-    build.publish(tree, target).expect("published").digest
+    let tree = tree_of(files, FOLDER, |file| blobs[file % blobs.len()]);
+    publish_tree(build, &tree, &format!("files-{files}"))
 }

@@ -126,7 +126,7 @@ fn checkout(site: &Site) {
         &build,
         &std::sync::atomic::AtomicBool::new(false),
     );
-    let tree = super::trees::publish_tree(build, &scanned.expect("a tree"), "git");
+    let tree = super::flat::publish_tree(build, &scanned.expect("a tree"), "git");
     compare(
         site,
         "git checkout of a revision that differs in 10,000 files",

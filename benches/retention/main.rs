@@ -3,9 +3,13 @@
 //!
 //! `ROUNDS=1` is a quick look: it makes rounds fewer, not the store smaller.
 
+#[path = "../support/apart.rs"]
+mod apart;
 #[path = "../support/disk.rs"]
 mod disk;
 mod filling;
+#[path = "../support/flat.rs"]
+mod flat;
 #[path = "../support/goals.rs"]
 mod goals;
 #[path = "../support/run.rs"]
@@ -19,9 +23,9 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime};
 
-use filling::{HALF, Nobody};
+use filling::HALF;
 use goals::Goals;
-use larder::store::Collecting;
+use larder::store::{Collecting, Held};
 use run::{median, run};
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -42,7 +46,7 @@ fn main() {
     {
         let disk = disk::Disk::new(&dir, "ext4");
         let store = disk.root.join("store");
-        filling::fill(&store);
+        apart::ask(&store);
         planning(&disk.root, &store, &mut goals);
         deleting(&disk.root, &store, &mut goals);
         beside(&disk.root, &store, &mut goals);
@@ -112,7 +116,7 @@ fn deleting(root: &Path, store: &Path, goals: &mut Goals) {
             }
             file.flush().expect("written");
         }
-        filling::fill(store);
+        apart::ask(store);
         settle(root);
         // As warm as larder had it.
         assert_eq!(names(store).len(), 2 * HALF);
@@ -121,7 +125,7 @@ fn deleting(root: &Path, store: &Path, goals: &mut Goals) {
         rm.args(["-0", "-a"]).arg(&list).args(["rm", "-f"]);
         theirs.push(run(&mut rm, root).seconds);
         assert_eq!(names(store).len(), HALF);
-        filling::fill(store);
+        apart::ask(store);
     }
     let (ours, theirs, plan) = (median(ours), median(theirs), median(plans));
     println!(
@@ -149,7 +153,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             let start = Instant::now();
             let build = opened.build().expect("a build");
             let tree = filling::tree_of(&build, name, BUILD);
-            filling::publish_tree(build, &tree, "beside");
+            flat::publish_tree(build, &tree, "beside");
             start.elapsed().as_secs_f64()
         };
         // Puts of what is there: nothing but the look for it, so what they wait for is seen.
@@ -183,7 +187,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
                     rate: None,
                     cancel: &AtomicBool::new(false),
                 };
-                let collected = opened.collect_with(&filling::all(), &Nobody, &how);
+                let collected = opened.collect_with(&filling::all(), &Held::default(), &how);
                 ended.store(true, Ordering::Relaxed);
                 let (report, _) = collected.expect("collected");
                 assert!(report.deleted_blobs >= HALF as u64, "{}", report.deleted_blobs);
@@ -202,7 +206,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             }
         });
         drop(opened);
-        filling::fill(store);
+        apart::ask(store);
     }
     let builds = together.len();
     let (alone, together) = (median(alone), median(together));

@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use super::node::Node;
+use super::others;
 use super::work::{self, Analysed, Done};
 use crate::api::conditions::reasons;
-use crate::api::{BlobAmount, LargestManifest, SharedBlob, SizeBucket, StoreAnalytics, human_size};
+use crate::api::{BlobAmount, LargestManifest, SharedBlob, SizeBucket, StoreAnalytics, human_size, int64};
 use crate::cluster::ObjectKey;
 use crate::store::{self, Amount, Analytics, Damage, RefUse};
 
@@ -95,11 +96,8 @@ impl Trouble {
             Err(failed) => return Some(error(failed.to_string())),
         };
         if let [first, more @ ..] = &damage.blocking[..] {
-            let more = match more.len() {
-                0 => String::new(),
-                more => format!(" (and {more} more)"),
-            };
-            return Some(error(format!("{}: {}{more}", first.path, first.message)));
+            let others = others(more.len());
+            return Some(error(format!("{}: {}{others}", first.path, first.message)));
         }
         let Amount { blobs, bytes } = damage.missing;
         let (what, are) = if blobs == 1 {
@@ -130,12 +128,9 @@ impl Figures {
         let named = found
             .refs
             .iter()
-            .filter_map(|used| Some((key_of(used)?, number(used.exclusive_bytes))));
+            .filter_map(|used| Some((key_of(used)?, int64(used.exclusive_bytes))));
         Self {
-            status: StoreAnalytics {
-                incomplete: !damage.blocking.is_empty(),
-                ..status(found)
-            },
+            status: status(found, damage),
             exclusive: named.collect(),
         }
     }
@@ -181,7 +176,6 @@ impl Node {
             self.pace.changed(now + RECHECK);
         }
         self.trouble = trouble;
-        self.is_looked_through = true;
         if self.memory.blocked && !is_blocked && self.ran.is_none_or(|ran| ran < began) {
             // What kept the last run from deleting is mended; that is said before there is another run.
             (self.memory.blocked, self.memory.state.problem) = (false, None);
@@ -200,7 +194,7 @@ impl Node {
     }
 }
 
-fn status(found: &Analytics) -> StoreAnalytics {
+fn status(found: &Analytics, damage: &Damage) -> StoreAnalytics {
     let dedup = &found.dedup;
     let mut largest: Vec<_> = found.refs.iter().filter(|used| used.exclusive_bytes > 0).collect();
     // Those of a size stay in the order of their names.
@@ -210,31 +204,31 @@ fn status(found: &Analytics) -> StoreAnalytics {
         Some(LargestManifest {
             namespace,
             name,
-            exclusive_bytes: number(used.exclusive_bytes),
+            exclusive_bytes: int64(used.exclusive_bytes),
             exclusive: human_size(used.exclusive_bytes),
         })
     });
     let shared = found.top_saved.iter().take(LISTED).map(|blob| SharedBlob {
         digest: format!("sha256:{}", blob.digest.hex()),
-        size_bytes: number(blob.size),
-        references: number(blob.references),
-        trees: number(blob.manifests),
-        saved_bytes: number(blob.saved_bytes),
+        size_bytes: int64(blob.size),
+        references: int64(blob.references),
+        trees: int64(blob.manifests),
+        saved_bytes: int64(blob.saved_bytes),
         saved: human_size(blob.saved_bytes),
     });
     let sizes = found.sizes.iter().map(|bucket| SizeBucket {
-        below: bucket.below.map(number),
-        blobs: number(bucket.amount.blobs),
-        size_bytes: number(bucket.amount.bytes),
+        below: bucket.below.map(int64),
+        blobs: int64(bucket.amount.blobs),
+        size_bytes: int64(bucket.amount.bytes),
     });
     StoreAnalytics {
-        trees: number(dedup.manifests),
-        references: number(dedup.references),
-        unique_blobs: number(dedup.unique_blobs),
-        logical_bytes: number(dedup.logical_bytes),
+        trees: int64(dedup.manifests),
+        references: int64(dedup.references),
+        unique_blobs: int64(dedup.unique_blobs),
+        logical_bytes: int64(dedup.logical_bytes),
         logical: human_size(dedup.logical_bytes),
-        unique_bytes: number(dedup.unique_bytes),
-        saved_bytes: number(dedup.saved_bytes),
+        unique_bytes: int64(dedup.unique_bytes),
+        saved_bytes: int64(dedup.saved_bytes),
         saved: human_size(dedup.saved_bytes),
         saved_percent: format!("{:.1}", dedup.saved_percent),
         ratio: format!("{:.2}", dedup.ratio),
@@ -246,7 +240,7 @@ fn status(found: &Analytics) -> StoreAnalytics {
         sizes: sizes.collect(),
         largest_manifests: largest.collect(),
         most_shared: shared.collect(),
-        incomplete: false,
+        incomplete: !damage.blocking.is_empty(),
     }
 }
 
@@ -257,14 +251,10 @@ fn key_of(used: &RefUse) -> Option<ObjectKey> {
 
 fn amount(amount: Amount) -> BlobAmount {
     BlobAmount {
-        blobs: number(amount.blobs),
-        size_bytes: number(amount.bytes),
+        blobs: int64(amount.blobs),
+        size_bytes: int64(amount.bytes),
         size: human_size(amount.bytes),
     }
-}
-
-fn number(number: u64) -> i64 {
-    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 fn show(status: &StoreAnalytics, metrics: &crate::telemetry::StoreMetrics) {

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 
 use crate::api::conditions::{NEARLY_FULL, Verdict, Wanted, merge, reasons};
 use crate::api::{
-    Invalid, LAYER_FINALIZER, LayerMode, Owner, Parsed, Size, WritableLayer, WritableLayerStatus, human_size,
+    Invalid, LAYER_FINALIZER, LayerMode, Owner, Parsed, Size, WritableLayer, WritableLayerStatus, human_size, int64,
 };
 use crate::cluster::ObjectKey;
 use crate::layer::{self, LayerId, LayerOwner, LayerRecord, LayerSpec, Layers, Lost, Mode};
@@ -377,7 +377,7 @@ impl Outcome {
                 digest: Some(tree.to_string()),
                 path: Some(path.clone()),
                 size_limit: Some(size.map_or_else(|| "none".to_owned(), human_size)),
-                used_bytes: used.map(|used| i64::try_from(used).unwrap_or(i64::MAX)),
+                used_bytes: used.map(int64),
                 store_id: Some(store_id.to_owned()),
                 ..kept
             },

@@ -17,7 +17,7 @@ use super::layer_plan::{self, Observed, Outcome, Step};
 use super::node::Placed;
 use super::tell;
 use crate::api::conditions::{NEARLY_FULL, reasons};
-use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer};
+use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, int64};
 use crate::cluster::{
     AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, is_news,
     uid_of,
@@ -449,9 +449,9 @@ impl Keeper {
             }
         }
         let metrics = self.start.health.metrics();
-        metrics.layers.set(i64::try_from(mounted.len()).unwrap_or(i64::MAX));
+        metrics.layers.set(int64(mounted.len() as u64));
         metrics.layers_nearly_full.set(full);
-        metrics.layer_used_bytes.set(i64::try_from(bytes).unwrap_or(i64::MAX));
+        metrics.layer_used_bytes.set(int64(bytes));
         tell(&self.start.mounted, mounted);
     }
 

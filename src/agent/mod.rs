@@ -26,13 +26,12 @@ use kube::runtime::watcher;
 use tokio::sync::{Notify, mpsc, watch};
 use tracing::{error, info, warn};
 
-use crate::api::conditions::reasons;
 use crate::api::{NodeStore, WritableLayer};
 use crate::cli::control::Control;
 use crate::cluster::{Followed, ObjectKey, follow, heartbeat};
 use crate::layer::{self, Found, LayerRecord, Layers};
 use crate::source::{self, Roots, SourceRoot};
-use crate::store::{self, Ref, Store};
+use crate::store::{self, Damage, Ref, Store};
 use crate::telemetry::Health;
 use builds::Builder;
 #[cfg(any(test, fuzzing))]
@@ -178,7 +177,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         roots: Arc::new(roots),
     };
     let road = find_road(&builder.layers);
-    let (refs, problem) = work::read_refs(&builder)?;
+    let (refs, unreadable) = work::read_refs(&builder)?;
     let (records, layer_problems) = builder.layers.list()?;
     for problem in &layer_problems {
         warn!(
@@ -187,19 +186,17 @@ fn open(options: &Options) -> Result<Disk, Error> {
             "a layer on the disk cannot be read; retention deletes nothing until it can"
         );
     }
-    if let Some(problem) = &problem {
+    for problem in &unreadable {
         warn!(
-            problem,
+            path = problem.path,
+            message = problem.message,
             "a ref cannot be read; retention deletes nothing until its owner is rebuilt or it is forgotten"
         );
     }
-    let layer_problem = layer_problems
-        .first()
-        .map(|problem| format!("{}: {}", problem.path, problem.message));
-    let trouble = problem.or(layer_problem).map(|message| analysis::Trouble {
-        reason: reasons::STORE_ERROR,
-        message,
-    });
+    let trouble = analysis::Trouble::of(Ok(&Damage {
+        blocking: unreadable.into_iter().chain(layer_problems).collect(),
+        ..Damage::default()
+    }));
     // Last, when nothing can fail any more: from here on others have the agent work.
     let commands = Arc::new(Notify::new());
     let told = commands.clone();
@@ -243,6 +240,14 @@ fn or_none<T>(loaded: Result<Option<T>, saved::FileError>) -> Option<T> {
         warn!(%error, "a file of the agent cannot be read; going on without it");
         None
     })
+}
+
+/// How many there are besides what a message names; nothing if there are none.
+fn others(count: usize) -> String {
+    match count {
+        0 => String::new(),
+        count => format!(" (and {count} more)"),
+    }
 }
 
 /// Sends a value to whoever watches it, if it is another one.

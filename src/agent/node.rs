@@ -1,12 +1,13 @@
 //! The node's main loop: `NodeStore.spec` → builds, retirement, retention → `NodeStore.status`.
 
+mod status;
+
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use kube::Client;
 use tokio::sync::{Notify, mpsc, watch};
@@ -21,19 +22,15 @@ use super::saved::{self, SavedSpec};
 use super::tell;
 use super::throttle::Throttle;
 use super::work::{self, Built, Done};
-use crate::api::conditions::{OVER_LIMIT, READY, Verdict, Wanted, find, merge, reasons};
+use crate::api::conditions::reasons;
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
-use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, apply_status, is_news};
+use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said};
 use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
 
 /// Builds at once. More than one, so that a slow one holds nothing up; few, because they share the disk.
 const MAX_BUILDS: usize = 4;
-
-/// While a build is younger than this, its end is waited for before the status is written: most builds are quick, and
-/// the write that says "building" would be out of date at once.
-const QUICK: Duration = Duration::from_millis(300);
 
 /// Longest pause of the loop.
 pub(super) const TICK: Duration = Duration::from_secs(10);
@@ -100,8 +97,6 @@ pub struct Node {
     pub(super) spec: Option<Arc<SavedSpec>>,
     pub(super) refs: BTreeMap<ObjectKey, Ref>,
     pub(super) trouble: Option<Trouble>,
-    /// The store was looked through since the start: before, there may be troubles that are not known yet.
-    pub(super) is_looked_through: bool,
     jobs: HashMap<String, Job>,
     failed: HashMap<String, Failed>,
     checked: HashMap<String, Instant>,
@@ -150,7 +145,6 @@ impl Node {
             spec: start.spec.map(Arc::new),
             refs: start.refs,
             trouble: start.trouble,
-            is_looked_through: false,
             jobs: HashMap::new(),
             failed: HashMap::new(),
             checked: HashMap::new(),
@@ -425,104 +419,6 @@ impl Node {
         tell(&self.placed, placed);
     }
 
-    /// Writes the status if it differs and may be written now; gives the time of the next look.
-    fn write_status(&mut self, manifests: &[ProjectedManifest], steps: &[Step], now: Instant) -> Instant {
-        let later = now + TICK;
-        let (Some(observed), Some(spec)) = (&self.observed, &self.spec) else {
-            return later;
-        };
-        // A spec of an earlier NodeStore is worked on, but this one's status is not about it.
-        if self.writing || observed.uid != spec.uid {
-            return later;
-        }
-        let states = manifests.iter().zip(steps);
-        let mut wanted = self.verdict().conditions();
-        if let Some(over) = &self.memory.state.over_limit {
-            wanted.push(Wanted {
-                kind: OVER_LIMIT,
-                status: true,
-                reason: reasons::LIVE_CONTENT,
-                message: over.clone(),
-            });
-        }
-        let status = NodeStoreStatus {
-            observed_generation: spec.generation,
-            conditions: merge(&observed.status.conditions, wanted, spec.generation, Timestamp::now()),
-            store_id: Some(self.builder.store.id().to_owned()),
-            road: self.road.map(|road| road.to_string()),
-            version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-            manifests: states
-                .map(|(manifest, step)| plan::state(manifest, self.known(manifest), *step))
-                .collect(),
-            retention: self.memory.since.map(|_| self.memory.state.clone()),
-            usage: self.usage.clone().or_else(|| observed.status.usage.clone()),
-            analytics: match &self.figures {
-                Some(figures) => Some(figures.status.clone()),
-                None => observed.status.analytics.clone(),
-            },
-        };
-        if status == observed.status {
-            self.differs_since = None;
-            return later;
-        }
-        let since = *self.differs_since.get_or_insert(now);
-        if self.jobs.values().any(|job| now < job.started + QUICK) && now < since + QUICK {
-            return (since + QUICK).min(later);
-        }
-        if let Some(due) = self.write_backoff.due(now) {
-            return due;
-        }
-        if let Err(due) = self.throttle.take(now) {
-            return due;
-        }
-        self.writing = true;
-        let (client, key) = (self.client.clone(), ObjectKey::new("", &self.node));
-        let (old, new) = (&observed.status.conditions, &status.conditions);
-        self.announcer
-            .warn_of::<NodeStore>(OVER_LIMIT, &key, &observed.uid, old, new, &mut self.announced_over);
-        let resource_version = observed.resource_version.clone();
-        self.tasks.spawn(async move {
-            let written = apply_status::<NodeStore, _>(&client, &key, AGENT_MANAGER, &resource_version, &status).await;
-            Done::Written(written.map(Box::new))
-        });
-        later
-    }
-
-    /// What a manifest has for itself. After a restart, what the API server knows until it is counted again.
-    fn exclusive(&self, manifest: &ProjectedManifest) -> Option<i64> {
-        if let Some(figures) = &self.figures {
-            let key = ObjectKey::new(&manifest.namespace, &manifest.name);
-            return figures.exclusive.get(&key).copied();
-        }
-        let said = &self.observed.as_ref()?.status.manifests;
-        said.iter()
-            .find(|state| state.uid == manifest.uid)
-            .and_then(|state| state.exclusive_bytes)
-    }
-
-    fn verdict(&self) -> Verdict {
-        if let Some(Trouble { reason, message }) = self.trouble.clone().or_else(|| self.trouble_before()) {
-            return Verdict::Stalled { reason, message };
-        }
-        Verdict::Ready {
-            reason: reasons::SERVING,
-            message: "the store is open".to_owned(),
-        }
-    }
-
-    /// What was wrong before this process began, as long as it has not looked whether it still is.
-    fn trouble_before(&self) -> Option<Trouble> {
-        let observed = self.observed.as_ref().filter(|_| !self.is_looked_through)?;
-        let ready = find(&observed.status.conditions, READY)?;
-        let reason = [reasons::STORE_ERROR, reasons::CONTENT_MISSING]
-            .into_iter()
-            .find(|reason| ready.reason == *reason)?;
-        Some(Trouble {
-            reason,
-            message: ready.message.clone(),
-        })
-    }
-
     fn finished(&mut self, done: Done) {
         let now = Instant::now();
         match done {
@@ -559,29 +455,7 @@ impl Node {
                     Err(error) => warn!(%error, "cannot read the refs after a command; what was known stays"),
                 }
             }
-            Done::Written(result) => {
-                self.writing = false;
-                match result {
-                    Ok(object) => {
-                        self.write_backoff.succeeded();
-                        self.differs_since = None;
-                        self.health.metrics().writes.inc();
-                        let known = self.observed.as_ref();
-                        let known = known.map(|known| (known.uid.as_str(), known.resource_version.as_str()));
-                        if is_news(known, &object.metadata) {
-                            self.observe(*object);
-                        }
-                    }
-                    Err(error) => {
-                        self.health.metrics().write_errors.inc();
-                        self.write_backoff.failed(now);
-                        if error.is_news(self.write_backoff.failures()) {
-                            let failures = self.write_backoff.failures();
-                            warn!(node = self.node, %error, failures, "cannot write the node's status; trying again");
-                        }
-                    }
-                }
-            }
+            Done::Written(result) => self.written(result, now),
         }
     }
 

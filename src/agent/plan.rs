@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use crate::api::conditions::reasons;
-use crate::api::{ManifestState, Phase, ProjectedManifest};
+use crate::api::{ManifestState, Phase, ProjectedManifest, int64};
 use crate::cluster::{Backoff, ObjectKey};
 use crate::store::Ref;
 
@@ -150,7 +150,6 @@ pub fn state(manifest: &ProjectedManifest, known: Known, step: Step) -> Manifest
         _ => (Phase::Building, reasons::BUILDING, String::new()),
     };
     let text = |text: &str| (!text.is_empty()).then(|| crate::api::truncate(text, 512));
-    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     ManifestState {
         namespace: manifest.namespace.clone(),
         name: manifest.name.clone(),
@@ -161,10 +160,10 @@ pub fn state(manifest: &ProjectedManifest, known: Known, step: Step) -> Manifest
         reason: text(reason),
         message: text(&message),
         digest: tree.map(|tree| tree.digest.to_string()),
-        files: tree.map(|tree| number(tree.files)),
-        size_bytes: tree.map(|tree| number(tree.size)),
-        unique_bytes: tree.map(|tree| number(tree.unique)),
-        added_bytes: tree.map(|tree| number(tree.added)),
+        files: tree.map(|tree| int64(tree.files)),
+        size_bytes: tree.map(|tree| int64(tree.size)),
+        unique_bytes: tree.map(|tree| int64(tree.unique)),
+        added_bytes: tree.map(|tree| int64(tree.added)),
         exclusive_bytes: known.exclusive.filter(|_| tree.is_some()),
     }
 }

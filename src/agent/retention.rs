@@ -11,8 +11,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tracing::warn;
 
+use super::others;
 use crate::api::conditions::whole_seconds;
-use crate::api::{ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, truncate};
+use crate::api::{ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, int64, truncate};
 use crate::policy::{disk_size, limits, limits_of};
 use crate::store::{Collecting, Holders, Removals, Report, RunId, Store, Usage, retention};
 
@@ -245,16 +246,15 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
         memory.answered.drain(..excess);
     }
     state.requested_at = request;
-    let number = |number: u64| i64::try_from(number).unwrap_or(i64::MAX);
     match result {
         Ok(report) => {
             state.last_run = Some(RunSummary {
                 time: Time(whole_seconds(now)),
-                scanned_blobs: number(report.scanned_blobs),
-                deleted_blobs: number(report.deleted_blobs),
-                freed_bytes: number(report.freed_bytes),
+                scanned_blobs: int64(report.scanned_blobs),
+                deleted_blobs: int64(report.deleted_blobs),
+                freed_bytes: int64(report.freed_bytes),
                 freed: human_size(report.freed_bytes),
-                dropped_revisions: number(report.dropped_history.len() as u64),
+                dropped_revisions: int64(report.dropped_history.len() as u64),
                 dry_run: report.dry_run,
             });
             state.over_limit = report
@@ -262,19 +262,13 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
                 .as_ref()
                 .map(|over| truncate(&over_limit(over), MAX_TEXT));
             state.problem = report.blocked.first().map(|problem| {
-                let more = report.blocked.len() - 1;
-                let others = if more > 0 {
-                    format!(" (and {more} more)")
-                } else {
-                    String::new()
-                };
-                truncate(
-                    &format!(
-                        "nothing was deleted, because {} cannot be read: {}{others}",
-                        problem.path, problem.message
-                    ),
-                    MAX_TEXT,
-                )
+                let said = format!(
+                    "nothing was deleted, because {} cannot be read: {}{}",
+                    problem.path,
+                    problem.message,
+                    others(report.blocked.len() - 1)
+                );
+                truncate(&said, MAX_TEXT)
             });
         }
         Err(problem) => state.problem = Some(truncate(problem, MAX_TEXT)),

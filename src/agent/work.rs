@@ -11,9 +11,9 @@ use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::Goal;
 use super::retention::{How, Room, Trigger};
 use super::{retention, saved};
-use crate::api::{NodeStore, Parsed, ProjectedManifest, StoreUsage, human_size};
+use crate::api::{NodeStore, Parsed, ProjectedManifest, StoreUsage, human_size, int64};
 use crate::cluster::{ObjectKey, WriteError};
-use crate::store::{self, Ref, RefName, Report, RunId};
+use crate::store::{self, Problem, Ref, RefName, Refs, Report, RunId};
 
 /// What ended on another thread.
 pub enum Done {
@@ -121,18 +121,13 @@ fn read_ref(builder: &Builder, key: &ObjectKey) -> Option<Ref> {
     builder.store.get_ref(&name).ok()?
 }
 
-/// The refs of the store, and what is wrong with those that cannot be read.
-pub fn read_refs(builder: &Builder) -> Result<(BTreeMap<ObjectKey, Ref>, Option<String>), store::Error> {
-    let refs = builder.store.refs()?;
-    let problem = refs
-        .unreadable
-        .first()
-        .map(|problem| format!("{}: {}", problem.path, problem.message));
+/// The refs of the store, and those that cannot be read.
+pub fn read_refs(builder: &Builder) -> Result<(BTreeMap<ObjectKey, Ref>, Vec<Problem>), store::Error> {
+    let Refs { refs, unreadable } = builder.store.refs()?;
     let refs = refs
-        .refs
         .into_iter()
         .map(|entry| (ObjectKey::new(entry.name.namespace(), entry.name.name()), entry));
-    Ok((refs.collect(), problem))
+    Ok((refs.collect(), unreadable))
 }
 
 /// Reads all refs and counts, after somebody else's command.
@@ -149,8 +144,8 @@ pub fn reread(builder: &Builder, change: u64) -> Done {
 pub fn count(builder: &Builder) -> Option<StoreUsage> {
     let (blobs, bytes) = builder.store.blobs().ok()?;
     Some(StoreUsage {
-        blobs: i64::try_from(blobs).unwrap_or(i64::MAX),
-        stored_bytes: i64::try_from(bytes).unwrap_or(i64::MAX),
+        blobs: int64(blobs),
+        stored_bytes: int64(bytes),
         stored: human_size(bytes),
     })
 }

@@ -91,6 +91,11 @@ pub fn requested_at(metadata: &kube::api::ObjectMeta) -> Option<String> {
     Some(truncate(value, 128))
 }
 
+/// A number as the API has them: an int64, which has no room for the largest.
+pub fn int64(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
+}
+
 /// Cuts a text at a character boundary so that it has at most `max` bytes, with `…` where something was cut.
 pub fn truncate(text: &str, max: usize) -> String {
     if text.len() <= max {

@@ -1,6 +1,5 @@
 //! `dedup` and `analytics`: what the store's room is used for (docs/store.md defines each figure).
 
-use std::io;
 use std::path::Path;
 
 use clap::Args;
@@ -51,11 +50,7 @@ struct OfLayers<'a>(&'a Path);
 
 impl Holders for OfLayers<'_> {
     fn held(&self) -> Result<Held, Error> {
-        let (layers, unreadable) = layer::list(self.0).map_err(|error| Error::Io {
-            action: "list the layers of",
-            path: self.0.into(),
-            source: io::Error::other(error),
-        })?;
+        let (layers, unreadable) = layer::list(self.0)?;
         Ok(Held {
             layers: layers.iter().map(|layer| layer.tree).collect(),
             trees: Vec::new(),

@@ -77,6 +77,21 @@ impl Error {
     }
 }
 
+/// For what the store asks of layers ([`Holders`](store::Holders)).
+impl From<Error> for store::Error {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::Store(error) => error,
+            Error::Io { action, path, source } => store::Error::Io { action, path, source },
+            other => store::Error::Io {
+                action: "read",
+                path: "layers".into(),
+                source: io::Error::other(other.to_string()),
+            },
+        }
+    }
+}
+
 /// Adds action and path to an I/O error.
 pub(crate) trait IoContext<T> {
     fn context(self, action: &'static str, path: &Path) -> Result<T, Error>;

@@ -293,15 +293,17 @@ fn list_in(folder: &Path) -> Result<(Vec<LayerRecord>, Vec<Problem>), Error> {
             problem("not a layer's folder: move it away".to_owned());
             continue;
         };
-        match LayerRecord::read(&path, &id) {
-            Ok(Some(record)) => records.push(record),
-            Ok(None) if record::has_no_data(&path)? => {}
+        let mut found = LayerRecord::read(&path, &id);
+        if matches!(found, Ok(None)) {
+            if record::has_no_data(&path)? {
+                continue;
+            }
             // It may have been made between the two looks.
-            Ok(None) => match LayerRecord::read(&path, &id) {
-                Ok(Some(record)) => records.push(record),
-                Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
-                Err(error) => problem(error.to_string()),
-            },
+            found = LayerRecord::read(&path, &id);
+        }
+        match found {
+            Ok(Some(record)) => records.push(record),
+            Ok(None) => problem("the layer has data and no layer.json: release it to give them up".to_owned()),
             Err(error) => problem(error.to_string()),
         }
     }
@@ -327,19 +329,10 @@ pub fn look(root: &Path, record: &LayerRecord) -> Result<Seen, Error> {
 impl Holders for Layers {
     /// The trees of all layers, and those that mounts of this namespace show.
     fn held(&self) -> Result<Held, crate::store::Error> {
-        let io = |path: &str, source| crate::store::Error::Io {
-            action: "read",
-            path: path.into(),
-            source,
-        };
-        let (records, unreadable) = self.list().map_err(|error| match error {
-            Error::Store(error) => error,
-            Error::Io { action, path, source } => crate::store::Error::Io { action, path, source },
-            other => io("layers", io::Error::other(other.to_string())),
-        })?;
+        let (records, unreadable) = self.list()?;
         let layers = records.iter().map(|record| record.tree).collect();
         let mut trees = Vec::new();
-        let mounts = mountinfo::of_self().map_err(|e| io("/proc/self/mountinfo", e))?;
+        let mounts = life::read_mounts()?;
         let ours = mounts.iter().filter(|mount| !is_elsewhere(mount, &self.0.root));
         trees.extend(ours.filter_map(mounted_tree));
         trees.extend(self.0.mounted_images(&mounts));

@@ -88,6 +88,14 @@ fn holder(pid: Option<u32>) -> String {
     }
 }
 
+/// What is wrong with something, and who needs it, if anybody does.
+pub(super) fn needed_by(message: &str, by: &[String]) -> String {
+    match by {
+        [] => message.to_owned(),
+        by => format!("{message}; it is needed by {}", by.join(", ")),
+    }
+}
+
 /// Any path as text, without a loss and without a second spelling: a backslash is `\\`, a byte that is no part of
 /// UTF-8 is `\xNN`, everything else is itself, control characters too.
 pub fn path_text(path: &[u8]) -> String {

@@ -1,7 +1,6 @@
 //! What cannot be read keeps everything that it could need, is named, and ends by a rebuild or by giving it up.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use kube::api::DeleteParams;
 use larder::api::RetentionState;
@@ -65,13 +64,20 @@ impl Site {
         .await;
     }
 
-    fn larder_store(&self, args: &[&str]) {
-        let output = Command::new(env!("CARGO_BIN_EXE_larder"))
-            .args(["store", "--store"])
-            .arg(self.root())
-            .args(args)
-            .output()
-            .expect("larder starts");
+    /// The policy and the NodeStore name what was damaged, and nothing is deleted.
+    async fn is_blocked_by(&self, policy: &str, path: &Path) {
+        self.run_is_blocked_by(policy, path).await;
+        self.store_names(path).await;
+    }
+
+    /// Neither names anything any more.
+    async fn is_mended(&self, policy: &str) {
+        self.store_serves().await;
+        self.policy_is_ready(policy).await;
+    }
+
+    fn does(&self, args: &[&str]) {
+        let output = self.larder_store(args);
         assert!(
             output.status.success(),
             "{args:?}: {}",
@@ -79,13 +85,15 @@ impl Site {
         );
     }
 
+    fn manifest_file(&self, digest: &str) -> PathBuf {
+        let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+        self.root().join("manifests").join(hex)
+    }
+
     /// The file of the current tree of a manifest.
     async fn tree_file(&self, name: &str) -> PathBuf {
         let status = self.manifests().await.get(name).await.unwrap().status.unwrap();
-        let digest = status.digest.unwrap();
-        self.root()
-            .join("manifests")
-            .join(digest.strip_prefix("sha256:").unwrap())
+        self.manifest_file(&status.digest.unwrap())
     }
 }
 
@@ -111,67 +119,55 @@ async fn what_cannot_be_read_deletes_nothing_until_it_is_built_again_or_given_up
     bytes[middle] ^= 1;
     std::fs::remove_file(&tree).unwrap();
     std::fs::write(&tree, &bytes).unwrap();
-    site.run_is_blocked_by(&policy, &tree).await;
-    site.store_names(&tree).await;
+    site.is_blocked_by(&policy, &tree).await;
     site.request("keep").await;
     site.manifest_says("keep", "True", "Stored").await;
-    site.store_serves().await;
-    site.policy_is_ready(&policy).await;
+    site.is_mended(&policy).await;
 
     // A manifest that only an admin named: it is given up.
     std::fs::create_dir(site.source("mine")).unwrap();
     std::fs::copy(site.source("drop").join("file-00000"), site.source("mine").join("file")).unwrap();
-    site.larder_store(&[
+    site.does(&[
         "build",
         "--name",
         "other/mine",
         &site.source("mine").display().to_string(),
     ]);
     let shown = site.store_json(&["show", "other/mine"]);
-    let digest = shown["digest"].as_str().unwrap().to_owned();
-    let digest = digest.strip_prefix("sha256:").unwrap_or(&digest);
-    let tree = site.root().join("manifests").join(digest);
+    let tree = site.manifest_file(shown["digest"].as_str().unwrap());
     std::fs::remove_file(&tree).unwrap();
     std::fs::write(&tree, &bytes).unwrap();
-    site.run_is_blocked_by(&policy, &tree).await;
-    site.store_names(&tree).await;
-    site.larder_store(&["forget", "other/mine"]);
-    site.store_serves().await;
-    site.policy_is_ready(&policy).await;
+    site.is_blocked_by(&policy, &tree).await;
+    site.does(&["forget", "other/mine"]);
+    site.is_mended(&policy).await;
 
     // A ref of nobody: it is forgotten.
     let folder = site.root().join("refs").join("other");
     std::fs::create_dir_all(&folder).unwrap();
     std::fs::write(folder.join("stray"), "{").unwrap();
-    site.run_is_blocked_by(&policy, &folder.join("stray")).await;
-    site.store_names(&folder.join("stray")).await;
-    site.larder_store(&["forget", "other/stray"]);
-    site.store_serves().await;
-    site.policy_is_ready(&policy).await;
+    site.is_blocked_by(&policy, &folder.join("stray")).await;
+    site.does(&["forget", "other/stray"]);
+    site.is_mended(&policy).await;
 
     // The ref of a manifest that exists: building it again writes it anew.
     let own = site.root().join("refs").join(&site.namespace).join("keep");
     std::fs::write(&own, "{").unwrap();
-    site.run_is_blocked_by(&policy, &own).await;
-    site.store_names(&own).await;
+    site.is_blocked_by(&policy, &own).await;
     site.request("keep").await;
     site.manifest_says("keep", "True", "Stored").await;
-    site.store_serves().await;
-    site.policy_is_ready(&policy).await;
+    site.is_mended(&policy).await;
 
     // A layer's record: only what was written in the layer is lost with it, so nobody but an admin gives it up.
     let layer = site.root().join("layers").join("0f8fad5b-d9cb-469f-a165-70867728950e");
     std::fs::create_dir(&layer).unwrap();
     std::fs::write(layer.join("layer.json"), "{\"version\":").unwrap();
-    site.run_is_blocked_by(&policy, &layer).await;
-    site.store_names(&layer).await;
+    site.is_blocked_by(&policy, &layer).await;
     std::fs::rename(&layer, site.store.path().join("moved-away")).unwrap();
 
     // Nothing keeps what was dropped any more.
     let ran = site.run_policy(&policy).await.status.unwrap().last_run.unwrap();
     assert_eq!((ran.deleted_blobs, site.blobs().len()), (5, 10));
-    site.store_serves().await;
-    site.policy_is_ready(&policy).await;
+    site.is_mended(&policy).await;
 
     // A content of a tree that is gone is damage that keeps nothing; a build stores it again.
     let lost = site.blobs()[0].clone();

@@ -5,10 +5,9 @@ use std::time::Duration;
 use k8s_openapi::api::core::v1::Node;
 use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams};
-use larder::api::NodeStore;
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Site, eventually, unique, write_files};
+use crate::support::{PATIENCE, Site, eventually, write_files};
 
 impl Site {
     /// Waits until `kubectl get` prints these cells of an object, among others.
@@ -43,18 +42,10 @@ impl Site {
     }
 
     async fn versions(&self, policies: &[&str]) -> Vec<Option<String>> {
-        let stores = Api::<NodeStore>::all(self.cluster.client().await);
-        let mut versions = vec![stores.get(&self.node).await.unwrap().metadata.resource_version];
+        let api = self.policies().await;
+        let mut versions = vec![self.node_store().await.metadata.resource_version];
         for policy in policies {
-            versions.push(
-                self.policies()
-                    .await
-                    .get(policy)
-                    .await
-                    .unwrap()
-                    .metadata
-                    .resource_version,
-            );
+            versions.push(api.get(policy).await.unwrap().metadata.resource_version);
         }
         versions
     }
@@ -121,13 +112,7 @@ async fn one_policy_governs_a_node_whatever_becomes_of_the_others() {
     )
     .await;
     site.prints("retp", &low, &shadowed).await;
-    let request = json!({"metadata": {"annotations": {"larder.dev/requestedAt": unique("held-up")}}});
-    let patch = Patch::Merge(request);
-    site.policies()
-        .await
-        .patch(&high, &PatchParams::default(), &patch)
-        .await
-        .unwrap();
+    site.request_run(&high).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(
         site.runs(),

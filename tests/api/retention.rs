@@ -1,8 +1,6 @@
 //! Retention by itself: for want of room, and what is told of it.
 
-use kube::Api;
 use kube::api::DeleteParams;
-use larder::api::NodeStore;
 use larder::api::conditions::{OVER_LIMIT, find};
 use serde_json::json;
 
@@ -30,9 +28,8 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
     let rules = json!({"schedule": "0 0 1 1 *", "maxSize": "1", "gracePeriod": "0s"});
     let name = site.create_policy("pressure", rules).await;
     let policies = site.policies().await;
-    let stores = Api::<NodeStore>::all(site.cluster.client().await);
     let over = eventually(PATIENCE * 2, "the run and what it could not free", async || {
-        let status = stores.get(&site.node).await.unwrap().status.unwrap_or_default();
+        let status = site.node_store().await.status.unwrap_or_default();
         find(&status.conditions, OVER_LIMIT)
             .cloned()
             .ok_or(format!("{status:?}"))

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
 use std::time::Duration;
 
 use kube::Api;
@@ -211,12 +212,19 @@ impl Site {
         name
     }
 
+    /// Asks for a run of the policy now; gives what it answers with when its nodes have made it.
+    pub async fn request_run(&self, name: &str) -> String {
+        let request = unique("run");
+        let patch = json!({"metadata": {"annotations": {"larder.dev/requestedAt": request}}});
+        let patch = Patch::Merge(patch);
+        let patched = self.policies().await.patch(name, &PatchParams::default(), &patch).await;
+        patched.expect("annotated");
+        request
+    }
+
     /// Asks for a run of the policy now, and waits until its nodes have answered.
     pub async fn run_policy(&self, name: &str) -> RetentionPolicy {
-        let (api, request) = (self.policies().await, unique("run"));
-        let patch = json!({"metadata": {"annotations": {"larder.dev/requestedAt": request}}});
-        let patched = api.patch(name, &PatchParams::default(), &Patch::Merge(patch)).await;
-        patched.expect("annotated");
+        let (api, request) = (self.policies().await, self.request_run(name).await);
         eventually(PATIENCE, &format!("{name} has run"), async || {
             let policy = api.get(name).await.map_err(|error| error.to_string())?;
             let said = policy.status.clone().unwrap_or_default();
@@ -228,14 +236,16 @@ impl Site {
         .await
     }
 
+    /// Runs `larder store ARGS` on the site's store.
+    pub fn larder_store(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_larder"));
+        command.args(["store", "--store"]).arg(self.root()).args(args);
+        command.output().expect("larder starts")
+    }
+
     /// What `larder store ARGS -o json` says of the site's store.
     pub fn store_json(&self, args: &[&str]) -> Value {
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_larder"))
-            .args(["store", "-o", "json", "--store"])
-            .arg(self.root())
-            .args(args)
-            .output()
-            .expect("larder starts");
+        let output = self.larder_store(&[&["-o", "json"], args].concat());
         serde_json::from_slice(&output.stdout)
             .unwrap_or_else(|_| panic!("{args:?}: {}", String::from_utf8_lossy(&output.stderr)))
     }

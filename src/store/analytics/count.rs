@@ -51,9 +51,8 @@ pub(super) struct Count<'a> {
     index: Index,
     blobs: Vec<Blob>,
     manifests: Vec<ManifestUse>,
-    problems: Vec<Problem>,
-    /// Those of the problems that keep collections from deleting.
-    blocking: Vec<Problem>,
+    /// With how much is needed what they are about.
+    problems: Vec<(Need, Problem)>,
 }
 
 /// Counts, and again if trees have gone meanwhile: a collection that is running takes manifests and then their blobs,
@@ -88,15 +87,15 @@ impl<'a> Count<'a> {
             exclusive_blobs: 0,
             exclusive_bytes: 0,
         };
-        let blocking: Vec<Problem> = all.unreadable.into_iter().chain(unreadable).collect();
+        // What cannot be read may need anything.
+        let unreadable = all.unreadable.into_iter().chain(unreadable);
         let mut count = Self {
             store,
             refs: all.refs.into_iter().map(unused).collect(),
             index: Index::new(),
             blobs: Vec::new(),
             manifests: Vec::new(),
-            problems: blocking.clone(),
-            blocking,
+            problems: unreadable.map(|problem| (Need::Live, problem)).collect(),
         };
         for one in all.trees {
             let need = match (one.class, held.remove(&one.tree)) {
@@ -133,18 +132,11 @@ impl<'a> Count<'a> {
         if by.is_empty() && need == Need::Live {
             by.push("a layer or mount".to_owned());
         }
-        let message = match by.is_empty() {
-            true => message,
-            false => format!("{message}; it is needed by {}", by.join(", ")),
-        };
         let problem = Problem {
             path: self.store.path(manifest_path(&of.tree)).display().to_string(),
-            message,
+            message: error::needed_by(&message, &by),
         };
-        if need > Need::Nobody {
-            self.blocking.push(problem.clone());
-        }
-        self.problems.push(problem);
+        self.problems.push((need, problem));
     }
 
     fn add(&mut self, one: Stored, need: Need, found: manifests::Files) {
@@ -231,7 +223,7 @@ impl<'a> Count<'a> {
             saved_percent: 100.0 * part(saved, logical, 0.0),
             ratio: part(logical, unique, 1.0),
             incomplete: !self.problems.is_empty(),
-            problems: self.problems.clone(),
+            problems: self.problems.iter().map(|(_, problem)| problem.clone()).collect(),
         }
     }
 
@@ -374,8 +366,9 @@ impl<'a> Count<'a> {
         {
             missing.add(blob.size);
         }
+        let blocking = self.problems.iter().filter(|(need, _)| *need > Need::Nobody);
         Damage {
-            blocking: self.blocking.clone(),
+            blocking: blocking.map(|(_, problem)| problem.clone()).collect(),
             missing,
         }
     }

@@ -161,21 +161,12 @@ pub struct Damage {
     pub missing: Amount,
 }
 
-/// Needs no tree.
-struct Nobody;
-
-impl Holders for Nobody {
-    fn held(&self) -> Result<Held, Error> {
-        Ok(Held::default())
-    }
-}
-
 impl Reader {
     /// What storing every content once saves. Reads every manifest, and no blob.
     ///
     /// Beside a collection it counts again, a few times, until nothing has gone meanwhile.
     pub fn dedup(&self) -> Result<Dedup, Error> {
-        count::settled(&self.folder, &Nobody, |count| Ok(count.dedup()))
+        count::settled(&self.folder, &Held::default(), |count| Ok(count.dedup()))
     }
 
     /// What the room is used for, with the `top` first contents of each order and some of their files. Reads every

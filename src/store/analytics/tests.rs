@@ -296,7 +296,7 @@ proptest! {
                 std::fs::remove_file(blob_path(&store, digest)).unwrap();
             }
         }
-        let found = store.analytics(&Nobody, top).unwrap();
+        let found = store.analytics(&Held::default(), top).unwrap();
         prop_assert_eq!(&store.dedup().unwrap(), &found.dedup);
         prop_assert_eq!(without_samples(&store, found), naive(&store, top));
     }
@@ -314,7 +314,7 @@ fn a_store_of_known_trees_has_these_figures() {
     drop(unnamed);
     publish(&store, "gone", &[("f", b"garbage of 19 bytes")]);
     store.forget(&name("gone")).unwrap();
-    let found = store.analytics(&Nobody, 1).unwrap();
+    let found = store.analytics(&Held::default(), 1).unwrap();
     assert_eq!(
         (
             found.dedup.refs,
@@ -380,7 +380,7 @@ fn a_store_of_known_trees_has_these_figures() {
         SystemTime::now(),
     );
     assert_eq!(report.unwrap().deleted_blobs, 0);
-    let found = store.analytics(&Nobody, 1).unwrap();
+    let found = store.analytics(&Held::default(), 1).unwrap();
     assert_eq!(
         (found.unnamed, found.garbage),
         (Amount::default(), Amount { blobs: 1, bytes: 19 })
@@ -434,7 +434,7 @@ fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts(
     build.publish(&tree, target).unwrap();
     std::fs::remove_file(blob_path(&store, &digest_of(b"old"))).unwrap();
 
-    let (found, damage) = store.look_through(&Nobody, 1).unwrap();
+    let (found, damage) = store.look_through(&Held::default(), 1).unwrap();
     assert_eq!(found.dedup.manifests, 2);
     assert_eq!(
         (found.refs[0].exclusive_blobs, found.refs[0].exclusive_bytes),
@@ -451,7 +451,7 @@ fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts(
     let path = store.root().join("manifests").join(former.hex());
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "no manifest").unwrap();
-    assert_eq!(store.look_through(&Nobody, 1).unwrap().1, Damage::default());
+    assert_eq!(store.look_through(&Held::default(), 1).unwrap().1, Damage::default());
     let blocking = store.look_through(&held, 1).unwrap().1.blocking;
     assert_eq!(blocking.len(), 1);
     assert!(
@@ -462,5 +462,5 @@ fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts(
     let blocking = store.look_through(&held, 1).unwrap().1.blocking;
     assert!(blocking[0].message.contains("not in the store"), "{blocking:?}");
     assert!(blocking[0].path.ends_with(&former.hex()), "{blocking:?}");
-    assert_eq!(store.look_through(&Nobody, 1).unwrap().1, Damage::default());
+    assert_eq!(store.look_through(&Held::default(), 1).unwrap().1, Damage::default());
 }

@@ -11,7 +11,7 @@ use crate::store::files::{self, lock};
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
-use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests};
+use crate::store::{Digest, Error, Problem, RefName, TreeDigest, error, images, manifests};
 
 /// What a mark found out.
 pub(super) struct Marked {
@@ -98,7 +98,7 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Re
             Err(Error::MissingManifest { .. }) if named.hold_only => {}
             Err(error) => blocked.push(Problem {
                 path: store.path(manifest_path(tree)).display().to_string(),
-                message: format!("{error}; it is needed by {}", named.by.join(", ")),
+                message: error::needed_by(&error.to_string(), &named.by),
             }),
         }
     }

@@ -51,6 +51,13 @@ pub struct Held {
     pub unreadable: Vec<Problem>,
 }
 
+/// What is known beforehand, such as that nothing is held.
+impl Holders for Held {
+    fn held(&self) -> Result<Held, Error> {
+        Ok(self.clone())
+    }
+}
+
 /// How a collection is made, besides by which policy.
 #[derive(Debug, Clone, Copy)]
 pub struct Collecting<'a> {
