@@ -25,7 +25,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use filling::HALF;
 use goals::Goals;
-use larder::store::{Collecting, Held};
+use larder::store::{Collecting, Held, Store};
 use run::{median, run};
 
 const MIB: f64 = 1024.0 * 1024.0;
@@ -147,6 +147,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
     let mut alone = Vec::new();
     let mut held_alone = Duration::ZERO;
     let (mut together, mut held) = (Vec::new(), Duration::ZERO);
+    let mut locked = Duration::ZERO;
     for round in 0..rounds() {
         let opened = filling::open(store);
         let build = |name: &str| {
@@ -156,7 +157,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             flat::publish_tree(build, &tree, "beside");
             start.elapsed().as_secs_f64()
         };
-        // Puts of what is there: nothing but the look for it, so what they wait for is seen.
+        // Puts of what is there: they look for it, and note that it is used.
         let put = |until: &dyn Fn() -> bool| {
             let build = opened.build().expect("a build");
             let mut longest = Duration::ZERO;
@@ -171,6 +172,8 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             }
             longest
         };
+        // From here on it is known.
+        opened.blobs().expect("counted");
         settle(root);
         for number in 0..5 {
             alone.push(build(&format!("alone-{round}-{number}")));
@@ -192,6 +195,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
                 let (report, _) = collected.expect("collected");
                 assert!(report.deleted_blobs >= HALF as u64, "{}", report.deleted_blobs);
             });
+            let longest = scope.spawn(|| longest_lock(&opened, &ended));
             // Every other round the one, and the other.
             if round % 2 == 0 {
                 for number in 0.. {
@@ -204,6 +208,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             } else {
                 held = held.max(put(&|| ended.load(Ordering::Relaxed)));
             }
+            locked = locked.max(longest.join().expect("no panic"));
         });
         drop(opened);
         apart::ask(store);
@@ -217,7 +222,25 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
         held.as_secs_f64() * 1e3
     );
     goals.at_most("a build beside a run to one alone", together / alone, 1.5, "×");
-    goals.at_most("longest put beside a run", held.as_secs_f64() * 1e3, 50.0, "ms");
+    goals.at_most(
+        "longest a run holds what a build waits for",
+        locked.as_secs_f64() * 1e3,
+        50.0,
+        "ms",
+    );
+}
+
+/// Longest time for which a lock that a put takes was not to be had. What is counted already takes all of these, one
+/// after the other, and nothing besides: the file system is not asked.
+fn longest_lock(store: &Store, ended: &AtomicBool) -> Duration {
+    let mut longest = Duration::ZERO;
+    while !ended.load(Ordering::Relaxed) {
+        let start = Instant::now();
+        store.blobs().expect("counted");
+        longest = longest.max(start.elapsed());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    longest
 }
 
 /// Nothing that was done before is to be paid for by what is measured; and what is a moment old is fresh.

@@ -95,7 +95,7 @@ impl Trouble {
             Ok(damage) => damage,
             Err(failed) => return Some(error(failed.to_string())),
         };
-        if let [first, more @ ..] = &damage.blocking[..] {
+        if let [first, more @ ..] = &damage.problems[..] {
             let others = others(more.len());
             return Some(error(format!("{}: {}{others}", first.path, first.message)));
         }
@@ -240,7 +240,7 @@ fn status(found: &Analytics, damage: &Damage) -> StoreAnalytics {
         sizes: sizes.collect(),
         largest_manifests: largest.collect(),
         most_shared: shared.collect(),
-        incomplete: !damage.blocking.is_empty(),
+        incomplete: !damage.problems.is_empty(),
     }
 }
 
@@ -301,7 +301,7 @@ mod tests {
             message.starts_with("2 contents of trees in use are missing, 2Ki in all"),
             "{message}"
         );
-        damage.blocking = vec![problem("refs/a/b"), problem("refs/c/d")];
+        damage.problems = vec![problem("refs/a/b"), problem("refs/c/d")];
         assert_eq!(
             said(&damage),
             Some(("StoreError", "refs/a/b: no (and 1 more)".to_owned()))

@@ -194,7 +194,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         );
     }
     let trouble = analysis::Trouble::of(Ok(&Damage {
-        blocking: unreadable.into_iter().chain(layer_problems).collect(),
+        problems: unreadable.into_iter().chain(layer_problems).collect(),
         ..Damage::default()
     }));
     // Last, when nothing can fail any more: from here on others have the agent work.

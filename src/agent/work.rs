@@ -158,7 +158,7 @@ pub fn analyse(builder: &Builder) -> Analysed {
     Analysed {
         began,
         trouble: Trouble::of(damage),
-        is_blocked: damage.map_or(true, |damage| !damage.blocking.is_empty()),
+        is_blocked: damage.map_or(true, |damage| !damage.problems.is_empty()),
         result: found
             .map(|(found, damage)| Figures::of(&found, &damage))
             .map_err(|error| error.to_string()),

@@ -16,7 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
-use super::layout::{Inner, object_path};
+use super::layout::{Inner, Shard, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
 use super::tree::{Leaf, Tree};
 use super::{Digest, Error, Store, TreeDigest, manifests, remove};
@@ -187,16 +187,19 @@ impl Build {
     /// Is a content in the store, or in this build, already? Then it is leased, counts as used now, and its size is
     /// returned: compare it with the size that you expect.
     pub fn find(&self, digest: &Digest) -> Result<Option<u64>, Error> {
-        let _shard = lock(self.store.shard(digest));
-        let mut table = lock(self.leases.table(digest));
-        if let Some(leased) = table.get(digest) {
-            return Ok(Some(leased.size));
-        }
-        let Some(size) = self.stored(digest)? else {
-            return Ok(None);
+        let size = {
+            let shard = lock(self.store.shard(digest));
+            let mut table = lock(self.leases.table(digest));
+            if let Some(leased) = table.get(digest) {
+                return Ok(Some(leased.size));
+            }
+            let Some(size) = self.there(&shard, digest)? else {
+                return Ok(None);
+            };
+            table.insert(*digest, Leased { size, staged: 0 });
+            size
         };
         self.touch(digest)?;
-        table.insert(*digest, Leased { size, staged: 0 });
         Ok(Some(size))
     }
 
@@ -225,20 +228,23 @@ impl Build {
     ///
     /// A file that has another length than the content is not taken for it: the new copy will replace it.
     fn claim(&self, digest: &Digest, size: u64, number: u64) -> Result<bool, Error> {
-        let _shard = lock(self.store.shard(digest));
-        let mut table = lock(self.leases.table(digest));
-        if table.get(digest).is_some_and(|leased| leased.size == size) {
-            return Ok(false);
-        }
-        let new = self.stored(digest)? != Some(size);
+        let new = {
+            let shard = lock(self.store.shard(digest));
+            let mut table = lock(self.leases.table(digest));
+            if table.get(digest).is_some_and(|leased| leased.size == size) {
+                return Ok(false);
+            }
+            let new = self.there(&shard, digest)? != Some(size);
+            let staged = match new {
+                true => number,
+                false => 0,
+            };
+            table.insert(*digest, Leased { size, staged });
+            new
+        };
         if !new {
             self.touch(digest)?;
         }
-        let staged = match new {
-            true => number,
-            false => 0,
-        };
-        table.insert(*digest, Leased { size, staged });
         Ok(new)
     }
 
@@ -251,7 +257,15 @@ impl Build {
         Ok(Blob { digest, size, new })
     }
 
-    /// The length of a blob's file. Call with the shard's lock held, or with the blob kept from collections.
+    /// The length of a blob's file, if it will stay when it is leased now.
+    fn there(&self, shard: &Shard, digest: &Digest) -> Result<Option<u64>, Error> {
+        match shard.is_leaving(digest) {
+            true => Ok(None),
+            false => self.stored(digest),
+        }
+    }
+
+    /// The length of a blob's file. Call with the blob kept from collections.
     pub(super) fn stored(&self, digest: &Digest) -> Result<Option<u64>, Error> {
         let path = object_path(digest);
         let stat = files::stat(&self.store.dir, path.as_str());
@@ -259,10 +273,15 @@ impl Build {
         Ok(stat.filter(files::is_file).map(|stat| stat.st_size.max(0) as u64))
     }
 
+    /// Notes that a blob is used now. Call with it leased, but not with the shard's lock held: a file system that is busy
+    /// deleting may have this wait for its journal.
     fn touch(&self, digest: &Digest) -> Result<(), Error> {
         let path = object_path(digest);
-        let touched = files::touch(Step::BlobTouch, &self.store.dir, path.as_str());
-        touched.map_err(|e| Error::io("touch", self.store.path(&path), e))
+        match files::touch(Step::BlobTouch, &self.store.dir, path.as_str()) {
+            // A verification has found it damaged just now: the publish will miss it.
+            Ok(()) | Err(Errno::NOENT) => Ok(()),
+            Err(error) => Err(Error::io("touch", self.store.path(&path), error)),
+        }
     }
 
     pub(super) fn create(&self, number: u64) -> Result<File, Error> {

@@ -68,6 +68,8 @@ struct Config {
 pub(super) struct Shard {
     /// What the shard holds, once it was counted.
     pub counted: Option<Count>,
+    /// The blob that is being removed (see `leaving.rs`).
+    pub leaving: Option<Digest>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -117,8 +119,10 @@ impl Folder {
 pub(super) struct Inner {
     pub folder: Arc<Folder>,
     pub options: Options,
-    /// One lock per first byte of a digest. A put holds it while it looks for its blob, a sweep while it removes some.
+    /// One lock per first byte of a digest. A put holds it while it looks for its blob.
     pub shards: Vec<Mutex<Shard>>,
+    /// Held while a blob is removed. Is taken before the lock of a shard.
+    pub removing: Mutex<()>,
     pub leases: Leases,
     /// A ref is changed under the lock of its name's hash.
     pub ref_locks: Vec<Mutex<()>>,
@@ -149,6 +153,7 @@ impl Inner {
             folder: Arc::new(Folder { root, dir, id }),
             options,
             shards: (0..256).map(|_| Mutex::default()).collect(),
+            removing: Mutex::default(),
             leases: Leases::default(),
             ref_locks: (0..64).map(|_| Mutex::default()).collect(),
             collecting: Mutex::default(),
@@ -237,8 +242,12 @@ impl Inner {
             let mut shard = lock(shard);
             let count = match shard.counted {
                 Some(count) => count,
-                None => *shard.counted.insert(self.count_shard(byte as u8)?),
+                None => self.count_shard(byte as u8)?,
             };
+            // A blob that is leaving may have been counted, or not.
+            if shard.leaving.is_none() {
+                shard.counted = Some(count);
+            }
             total.add(count);
         }
         Ok(total)

@@ -86,6 +86,11 @@ impl Leases {
         state.builds.iter().chain(ended).cloned().collect()
     }
 
+    /// Is a build under way?
+    pub fn is_building(&self) -> bool {
+        !lock(&self.0).builds.is_empty()
+    }
+
     /// Every tree that is held, or was since the mark began.
     pub fn trees(&self) -> HashSet<TreeDigest> {
         lock(&self.0).trees()

@@ -23,6 +23,7 @@ mod index;
 mod large;
 mod layout;
 mod leases;
+mod leaving;
 mod manifests;
 mod pace;
 mod publish;

@@ -39,13 +39,18 @@ impl Pace {
             let cost = Duration::from_secs_f64(count as f64 / rate.get() as f64);
             let now = Instant::now();
             self.next = self.next.max(now.checked_sub(CREDIT).unwrap_or(now)) + cost;
-            while let Some(left) = self.next.checked_duration_since(Instant::now()) {
-                if left.is_zero() || cancel.load(Ordering::Relaxed) {
-                    break;
-                }
-                thread::sleep(left.min(SLICE));
-            }
         }
-        !cancel.load(Ordering::Relaxed)
+        sleep_until(self.next, cancel)
     }
+}
+
+/// `false` if cancelled.
+pub(super) fn sleep_until(end: Instant, cancel: &AtomicBool) -> bool {
+    while let Some(left) = end.checked_duration_since(Instant::now()) {
+        if left.is_zero() || cancel.load(Ordering::Relaxed) {
+            break;
+        }
+        thread::sleep(left.min(SLICE));
+    }
+    !cancel.load(Ordering::Relaxed)
 }

@@ -212,7 +212,7 @@ impl Build {
                 .collect();
             staged.sort_unstable_by_key(|(digest, _)| *digest);
             for (digest, leased) in staged {
-                let mut shard = lock(&store.shards[byte]);
+                let mut shard = store.shard_to_name(&digest);
                 // Once it has its name, it is a blob that is in the store and may be found damaged there.
                 let in_store = Leased { staged: 0, ..leased };
                 let path = object_path(&digest);

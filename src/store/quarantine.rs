@@ -28,6 +28,9 @@ pub(super) type FileId = (u64, u64);
 pub(super) fn take(store: &Inner, digest: &Digest, judged: FileId, now: SystemTime) -> Result<Option<PathBuf>, Error> {
     let path = object_path(digest);
     let mut shard = lock(store.shard(digest));
+    if shard.is_leaving(digest) {
+        return Ok(None);
+    }
     let stat = files::stat(&store.dir, path.as_str()).map_err(|e| Error::io("look at", store.path(&path), e))?;
     if stat.is_none_or(|stat| (stat.st_dev, stat.st_ino) != judged) {
         return Ok(None);

@@ -2,12 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use rustix::io::Errno;
-
 use super::disk::{self, Step};
 use super::files::lock;
 use super::gc::{Mark, stored_manifests};
-use super::layout::{Inner, object_path};
 use super::{Digest, Error, Holders, Problem, Store, TreeDigest, manifests};
 
 /// What became of a content that was to be removed.
@@ -105,27 +102,15 @@ impl Store {
     }
 
     fn remove_unleased(&self, digest: &Digest) -> Result<Removed, Error> {
-        let store = &self.inner;
-        let mut shard = lock(store.shard(digest));
-        let builds = store.leases.builds();
-        if builds
-            .iter()
-            .any(|build| lock(build.table(digest)).contains_key(digest))
-        {
+        let Some(leaving) = self.inner.leave(digest) else {
             return Ok(Removed::Needed(Needed {
                 by_build: true,
                 ..Needed::default()
             }));
-        }
-        let Some(blob) = self.blob(digest)? else {
-            return Ok(Removed::Missing);
         };
-        let path = object_path(digest);
-        match disk::unlink(Step::BlobRemove, &store.dir, path.as_str()) {
-            Ok(()) => Inner::count_removed(&mut shard, blob.size),
-            Err(Errno::NOENT) => return Ok(Removed::Missing),
-            Err(error) => return Err(Error::io("remove", store.path(&path), error)),
-        }
-        Ok(Removed::Gone(blob.size))
+        Ok(match self.blob(digest)? {
+            Some(blob) if leaving.remove(blob.size)? => Removed::Gone(blob.size),
+            _ => Removed::Missing,
+        })
     }
 }

@@ -356,7 +356,7 @@ impl<'a> Count<'a> {
         Ok(())
     }
 
-    /// What keeps collections from deleting, and what is missing of trees that are live.
+    /// What is wrong with what is needed, and what is missing of trees that are live.
     pub fn damage(&self) -> Damage {
         let mut missing = Amount::default();
         for blob in self
@@ -366,9 +366,9 @@ impl<'a> Count<'a> {
         {
             missing.add(blob.size);
         }
-        let blocking = self.problems.iter().filter(|(need, _)| *need > Need::Nobody);
+        let problems = self.problems.iter().filter(|(need, _)| *need > Need::Nobody);
         Damage {
-            blocking: blocking.map(|(_, problem)| problem.clone()).collect(),
+            problems: problems.map(|(_, problem)| problem.clone()).collect(),
             missing,
         }
     }

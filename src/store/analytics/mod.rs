@@ -155,8 +155,9 @@ pub struct FileOf {
 /// What is wrong with a store, as far as reading the manifests and listing the contents tells.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Damage {
-    /// What cannot be read, and keeps collections from deleting as long as it cannot.
-    pub blocking: Vec<Problem>,
+    /// What cannot be read, and keeps collections from deleting as long as it cannot; and what contradicts another part
+    /// of the store, which keeps nothing.
+    pub problems: Vec<Problem>,
     /// Contents that a current tree, or one of a layer or mount, names and that are not there.
     pub missing: Amount,
 }

@@ -452,15 +452,15 @@ fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts(
     std::fs::remove_file(&path).unwrap();
     std::fs::write(&path, "no manifest").unwrap();
     assert_eq!(store.look_through(&Held::default(), 1).unwrap().1, Damage::default());
-    let blocking = store.look_through(&held, 1).unwrap().1.blocking;
-    assert_eq!(blocking.len(), 1);
+    let problems = store.look_through(&held, 1).unwrap().1.problems;
+    assert_eq!(problems.len(), 1);
     assert!(
-        blocking[0].message.ends_with("needed by a layer or mount"),
-        "{blocking:?}"
+        problems[0].message.ends_with("needed by a layer or mount"),
+        "{problems:?}"
     );
     std::fs::remove_file(&path).unwrap();
-    let blocking = store.look_through(&held, 1).unwrap().1.blocking;
-    assert!(blocking[0].message.contains("not in the store"), "{blocking:?}");
-    assert!(blocking[0].path.ends_with(&former.hex()), "{blocking:?}");
+    let problems = store.look_through(&held, 1).unwrap().1.problems;
+    assert!(problems[0].message.contains("not in the store"), "{problems:?}");
+    assert!(problems[0].path.ends_with(&former.hex()), "{problems:?}");
     assert_eq!(store.look_through(&Held::default(), 1).unwrap().1, Damage::default());
 }

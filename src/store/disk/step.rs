@@ -95,8 +95,6 @@ steps! {
     ImageMove,
     ManifestRemove,
     SweepSync,
-    /// A large blob gets out of the way of builds before it is removed.
-    BlobMove,
     BlobRemove,
 
     // Verifying.

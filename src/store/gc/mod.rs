@@ -5,7 +5,7 @@
 //!    holds are read, then the manifests that they name. If anything of that cannot be read, nothing is deleted.
 //! 2. **Drop** images, then history from refs, then manifests: each manifest under the lock that a hold takes.
 //! 3. **Look again**: every manifest that is in `manifests/` now and was not marked protects its blobs too. Sync.
-//! 4. **Sweep** shard by shard; under the shard's lock the leases are looked at once more.
+//! 4. **Sweep** blob by blob; under its shard's lock the leases are looked at once more (`leaving.rs`).
 //!
 //! What needs no ref to be rewritten goes first, so that a collection works without a free byte.
 //!

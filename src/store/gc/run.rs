@@ -9,19 +9,20 @@ use rustix::io::Errno;
 use super::mark::{Marked, stored_manifests};
 use super::{Decision, DroppedHistory, Kind, Report};
 use crate::store::disk::{self, Step};
-use crate::store::files::{self, lock};
-use crate::store::layout::{Inner, manifest_path, object_path};
-use crate::store::pace::Pace;
+use crate::store::files;
+use crate::store::layout::{Inner, manifest_path};
+use crate::store::pace::{self, Pace};
 use crate::store::quarantine::Quarantined;
 use crate::store::retention::{Live, Plan, Reason};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, images, manifests, quarantine};
 
-/// Blobs that are removed under one taking of a shard's lock, at most: a put waits for no more …
+/// Blobs that are removed in one turn, at most …
 const BATCH: usize = 64;
 /// … and for about so long, on a slow disk.
 const TURN: Duration = Duration::from_millis(10);
-/// Blobs from this size on take long to be removed: they are moved out of the way under the lock, and removed without it.
-const LARGE: u64 = 1 << 20;
+/// While a build is under way, a turn is followed by a pause so many times as long: names that go and files that come
+/// share the file system's journal, and the build's syncs wait for what is in it.
+const YIELD: u32 = 4;
 /// Names that a report gives of what went for one reason.
 const SAMPLES: usize = 5;
 
@@ -288,74 +289,41 @@ impl Run<'_> {
         let dir = files::open_dir(&store.dir, ".").map_err(|e| Error::io("open", &store.root, e))?;
         disk::syncfs(Step::SweepSync, &dir).map_err(|e| Error::io("sync", &store.root, e))?;
 
-        let mut shards: BTreeMap<u8, Vec<(usize, Reason)>> = BTreeMap::new();
-        for (index, reason) in blobs {
-            let digest = &facts.blobs[*index].digest;
-            if !protected.contains(digest) {
-                shards.entry(digest.as_bytes()[0]).or_default().push((*index, *reason));
+        let mut blobs: Vec<(usize, Reason)> = blobs.into_iter().copied().collect();
+        blobs.retain(|(index, _)| !protected.contains(&facts.blobs[*index].digest));
+        // Folder by folder, and in each in the order in which it was listed.
+        blobs.sort_by_key(|(index, _)| facts.blobs[*index].digest.as_bytes()[0]);
+        let mut rest = &blobs[..];
+        while !rest.is_empty() {
+            let begin = Instant::now();
+            let done = self.sweep_some(rest)?;
+            rest = &rest[done..];
+            if store.leases.is_building() && !pace::sleep_until(Instant::now() + begin.elapsed() * YIELD, self.cancel) {
+                return Ok(false);
             }
-        }
-        for (byte, blobs) in shards {
-            let mut rest = &blobs[..];
-            while !rest.is_empty() {
-                let done = self.sweep_some(byte, rest)?;
-                rest = &rest[done..];
-                if !self.pace.wait(done as u64, self.cancel) {
-                    return Ok(false);
-                }
+            if !self.pace.wait(done as u64, self.cancel) {
+                return Ok(false);
             }
         }
         Ok(true)
     }
 
-    /// Removes the first of these blobs, as many as may be before a build that waits for the shard has its turn.
-    /// Returns how many were dealt with.
-    fn sweep_some(&mut self, byte: u8, blobs: &[(usize, Reason)]) -> Result<usize, Error> {
+    /// Removes the first of these blobs, as many as belong to one turn. Returns how many were dealt with.
+    fn sweep_some(&mut self, blobs: &[(usize, Reason)]) -> Result<usize, Error> {
         let (store, facts) = (self.store, &self.marked.facts);
-        let mut large = Vec::new();
-        let mut done = 0;
         let begin = Instant::now();
-        let mut shard = lock(&store.shards[usize::from(byte)]);
-        // Under the lock: a build that is not among them takes its first lease here only after we are done.
-        let builds = store.leases.builds();
+        let mut done = 0;
         for (index, reason) in blobs.iter().take(BATCH) {
-            if done > 0 && begin.elapsed() > TURN {
-                break;
+            let blob = &facts.blobs[*index];
+            if let Some(leaving) = store.leave(&blob.digest)
+                && leaving.remove(blob.size)?
+            {
+                self.count(Kind::Blob, *reason, *index, blob.size, blob.digest);
             }
             done += 1;
-            let blob = &facts.blobs[*index];
-            if builds
-                .iter()
-                .any(|build| lock(build.table(&blob.digest)).contains_key(&blob.digest))
-            {
-                continue;
+            if begin.elapsed() > TURN {
+                break;
             }
-            let path = object_path(&blob.digest);
-            let removed = match blob.size >= LARGE {
-                // Giving its blocks back takes long: it only gets out of the way here.
-                true => {
-                    let away = store.staging_name("gone");
-                    match disk::rename(Step::BlobMove, &store.dir, path.as_str(), &store.dir, away.as_str()) {
-                        // A name takes room, which there may be none of.
-                        Err(Errno::NOSPC | Errno::DQUOT) => disk::unlink(Step::BlobRemove, &store.dir, path.as_str()),
-                        other => other.map(|()| large.push(away)),
-                    }
-                }
-                false => disk::unlink(Step::BlobRemove, &store.dir, path.as_str()),
-            };
-            match removed {
-                Ok(()) => {}
-                Err(Errno::NOENT) => continue,
-                Err(error) => return Err(Error::io("remove", store.path(&path), error)),
-            }
-            Inner::count_removed(&mut shard, blob.size);
-            self.count(Kind::Blob, *reason, *index, blob.size, blob.digest);
-        }
-        drop(shard);
-        for away in large {
-            // Should it fail, the next start empties staging.
-            files::remove_file(Step::BlobRemove, &store.dir, away.as_str())
-                .map_err(|error| Error::io("remove", store.path(&away), error))?;
         }
         Ok(done)
     }

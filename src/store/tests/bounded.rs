@@ -83,7 +83,6 @@ fn no_more_is_removed_in_a_second_than_may_be() {
     );
 }
 
-/// A large blob gets out of the way of builds first; in staging nothing of it stays.
 #[test]
 fn a_large_content_goes_like_any_other() {
     let (_dir, store) = store();
@@ -142,4 +141,50 @@ fn a_collection_opens_no_content_neither_what_stays_nor_what_goes() {
     let opened = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path);
     assert_eq!(opened.unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
     assert!(watched.iter().any(Watched::was_opened));
+}
+
+/// A removal that waits for the disk holds up nothing but the name of the same content.
+#[test]
+fn puts_go_on_while_a_content_is_being_removed() {
+    let (_dir, store) = store();
+    let (gone, size) = (digest_of(b"gone"), 4);
+    // Behind the same lock.
+    let neighbour = (0..)
+        .map(|number: u32| number.to_string().into_bytes())
+        .find(|bytes| digest_of(bytes).as_bytes()[0] == gone.as_bytes()[0])
+        .unwrap();
+    publish(&store, "dropped", &[("f", b"gone")]);
+    store.forget(&name("dropped")).unwrap();
+    assert_eq!(store.blobs().unwrap(), (1, size));
+
+    let leaving = store.inner.leave(&gone).unwrap();
+    let build = store.build().unwrap();
+    assert!(build.put_bytes(&neighbour).unwrap().new);
+    assert_eq!(build.find(&gone).unwrap(), None);
+    assert!(build.put_bytes(b"gone").unwrap().new);
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let stored = scope.spawn(|| {
+            let added = build.store_contents();
+            ended.store(true, Ordering::Relaxed);
+            added.unwrap()
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        assert!(
+            !ended.load(Ordering::Relaxed),
+            "it was named while the old one was leaving"
+        );
+        assert!(leaving.remove(size).unwrap());
+        assert_eq!(stored.join().unwrap(), size + neighbour.len() as u64);
+    });
+    assert_eq!(std::fs::read(blob_path(&store, &gone)).unwrap(), b"gone");
+    assert_eq!(store.blobs().unwrap(), (2, size + neighbour.len() as u64));
+
+    // What a build has leased does not leave; and what was given up before its end stays.
+    let build = store.build().unwrap();
+    assert!(!build.put_bytes(b"gone").unwrap().new);
+    assert!(store.inner.leave(&gone).is_none());
+    drop(build);
+    drop(store.inner.leave(&gone).unwrap());
+    assert_eq!(store.build().unwrap().find(&gone).unwrap(), Some(size));
 }

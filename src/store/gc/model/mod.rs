@@ -52,6 +52,10 @@ enum Mutant {
     SweepWithoutLeases,
     /// The sweep looks at the leases before it takes the shard's lock.
     LeasesThenLock,
+    /// A blob that is leaving is found.
+    FindLeaving,
+    /// A blob gets its name while the old one is leaving.
+    NameLeaving,
     /// The sweep trusts the mark about which manifests there are.
     NoSecondLook,
     /// Blobs are swept before the manifests that name them are dropped.
@@ -95,6 +99,8 @@ fn mutants() -> Vec<(Mutant, Vec<Work>)> {
         (Mutant::LookThenLease, vec![build(0, 0), collect]),
         (Mutant::SweepWithoutLeases, vec![build(0, 0), collect]),
         (Mutant::LeasesThenLock, vec![build(0, 0), collect]),
+        (Mutant::FindLeaving, vec![build(0, 0), collect]),
+        (Mutant::NameLeaving, vec![build(0, 0), collect]),
         (Mutant::NoSecondLook, vec![hold, collect]),
         (Mutant::BlobsFirst, vec![hold, collect]),
         (Mutant::ManifestsFirst, vec![collect]),

@@ -9,12 +9,13 @@ pub enum Op {
     // build.rs, publish.rs
     /// `Leases::begin_build`.
     BeginBuild,
-    /// `Build::claim` and `Build::find`, under the shard's lock: look for the blob and lease it.
+    /// `Build::claim` and `Build::find`, under the shard's lock: look for the blob and lease it. One that is leaving
+    /// counts as gone.
     Claim(u8),
     /// The two halves of `Claim`, for a mutant.
     Look(u8),
     Lease(u8),
-    /// One turn of `Build::name_blobs`, under the shard's lock.
+    /// One turn of `Build::name_blobs`, under the shard's lock, when the blob is not leaving.
     NameBlob(u8),
     /// `manifests::verify` in `Build::publish`.
     VerifyManifest(u8),
@@ -81,11 +82,14 @@ pub enum Op {
     UnlockHistory(u8),
     /// Reading the ref without its lock, for a mutant.
     ReadHistory(u8),
-    /// `Run::sweep`: one name of `stored_manifests`, then `Run::sweep_batch` with one blob, under its shard's lock.
+    /// `Run::sweep`: one name of `stored_manifests`, then `Run::sweep_some` with one blob: `Inner::leave`, under its
+    /// shard's lock; the `unlinkat` of `Leaving::remove`; its drop, under the shard's lock.
     ForgetProtected,
     LookAgain(u8),
     SweepFirst(u8),
     SweepLater(u8),
+    Unlink(u8),
+    Left(u8),
     /// A look at the leases before the shard's lock is taken, for a mutant.
     CheckLeases(u8),
 }
@@ -105,7 +109,7 @@ impl Op {
         use Op::*;
         match self {
             Claim(blob) | Look(blob) | Lease(blob) | NameBlob(blob) | Scan(blob) | SweepFirst(blob)
-            | SweepLater(blob) | CheckLeases(blob) => Some(Thing::Blob(blob)),
+            | SweepLater(blob) | Unlink(blob) | Left(blob) | CheckLeases(blob) => Some(Thing::Blob(blob)),
             VerifyManifest(tree) | NameManifest(tree) | HoldForPublish(tree) | TakeHold(tree) | FindHeld(tree)
             | NoteHold(tree) | DropHold(tree) | RecordLayer(tree) | RemoveLayer(tree) | ReadManifest(tree)
             | ListOrphan(tree) | DropOrphan(tree) | DropPlanned(tree) | LookAgain(tree) => Some(Thing::Tree(tree)),
@@ -268,7 +272,11 @@ fn collect(mutant: Option<Mutant>) -> Vec<Op> {
     let sweep_first = sweep(Op::SweepFirst, mutant);
     match is(Mutant::BlobsFirst) {
         // Without its second look, which the manifests that are still there would answer.
-        true => ops.extend(all_blobs().map(Op::SweepFirst).chain(drop_orphans)),
+        true => ops.extend(
+            all_blobs()
+                .flat_map(|blob| remove(Op::SweepFirst(blob)))
+                .chain(drop_orphans),
+        ),
         false => ops.extend(drop_orphans.into_iter().chain(sweep_first)),
     }
     let mut drop_history = Vec::new();
@@ -313,7 +321,15 @@ fn sweep(sweep: fn(u8) -> Op, mutant: Option<Mutant>) -> Vec<Op> {
         if mutant == Some(Mutant::LeasesThenLock) {
             ops.push(Op::CheckLeases(blob));
         }
-        ops.push(sweep(blob));
+        ops.extend(remove(sweep(blob)));
     }
     ops
+}
+
+/// `Inner::leave` and `Leaving::remove`.
+fn remove(leave: Op) -> Vec<Op> {
+    let (Op::SweepFirst(blob) | Op::SweepLater(blob)) = leave else {
+        unreachable!("{leave:?} has no blob leave")
+    };
+    vec![leave, Op::Unlink(blob), Op::Left(blob)]
 }

@@ -83,6 +83,8 @@ pub struct Shared {
     pub sticky: Option<(Set, Set)>,
     pub ref_locks: Set,
     pub collecting: bool,
+    /// `Shard::leaving`.
+    pub leaving: Set,
 }
 
 impl Shared {
@@ -133,6 +135,7 @@ impl Shared {
             blobs,
             trees,
             self.ref_locks,
+            self.leaving,
         ];
         bytes.extend(sets.map(|set| set.0));
         bytes.extend([
@@ -174,6 +177,7 @@ pub fn packed(shared: &Shared, locals: &[Local]) -> Vec<u8> {
             mark.named_now,
             mark.protected,
             mark.doomed,
+            mark.leaving,
         ];
         bytes.extend(sets.map(|set| set.0));
         bytes.extend([
@@ -230,6 +234,8 @@ struct Mark {
     protected: Set,
     /// A blob that is about to go (by a mutant that looks at the leases too early).
     doomed: Set,
+    /// The blob that is being removed.
+    leaving: Set,
 }
 
 /// A violated rule.
@@ -260,6 +266,7 @@ pub fn is_idle(op: Op, local: &Local) -> bool {
         Op::CheckLeases(blob) => !mark.first.join(mark.later).has(blob),
         Op::SweepFirst(blob) => !mark.first.has(blob) || mark.protected.has(blob),
         Op::SweepLater(blob) => !mark.later.has(blob) || mark.protected.has(blob),
+        Op::Unlink(blob) | Op::Left(blob) => !mark.leaving.has(blob),
         Op::LockHistory(_) | Op::ReadHistory(_) | Op::DropHistory(_) | Op::UnlockHistory(_) => {
             mark.drop == Set::default()
         }
@@ -287,7 +294,7 @@ pub fn step(op: Op, shared: &Shared, local: &Local, others: Set, mutant: Option<
             local.leases.get_or_insert_default().add(blob);
         }
         Op::Claim(blob) => {
-            let found = shared.blobs.has(blob);
+            let found = shared.blobs.has(blob) && (!shared.leaving.has(blob) || is(Mutant::FindLeaving));
             if found {
                 local.relies.add(blob);
             } else {
@@ -298,6 +305,9 @@ pub fn step(op: Op, shared: &Shared, local: &Local, others: Set, mutant: Option<
             }
         }
         Op::NameBlob(blob) => {
+            if shared.leaving.has(blob) && !is(Mutant::NameLeaving) {
+                return Ok(Step::Waits);
+            }
             shared.blobs.add(blob);
             local.relies.add(blob);
         }
@@ -454,8 +464,14 @@ fn collect(op: Op, mut shared: Shared, mut local: Local, others: Set, mutant: Op
                 _ => !leased.has(blob),
             };
             if goes {
-                shared.blobs.remove(blob);
+                shared.leaving.add(blob);
+                mark.leaving.add(blob);
             }
+        }
+        Op::Unlink(blob) => shared.blobs.remove(blob),
+        Op::Left(blob) => {
+            shared.leaving.remove(blob);
+            mark.leaving.remove(blob);
         }
         Op::DropHistory(name) => {
             let mut new = local.read;
