@@ -31,6 +31,8 @@ use run::{median, run};
 const MIB: f64 = 1024.0 * 1024.0;
 /// Contents of a build beside a run.
 const BUILD: usize = 5_000;
+/// Builds beside one run, at most: they add to the store as fast as a run that gives way takes from it.
+const BUILDS: usize = 20;
 
 fn main() {
     assert!(
@@ -198,7 +200,7 @@ fn beside(root: &Path, store: &Path, goals: &mut Goals) {
             let longest = scope.spawn(|| longest_lock(&opened, &ended));
             // Every other round the one, and the other.
             if round % 2 == 0 {
-                for number in 0.. {
+                for number in 0..BUILDS {
                     let seconds = build(&format!("together-{round}-{number}"));
                     if ended.load(Ordering::Relaxed) {
                         break;

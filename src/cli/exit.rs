@@ -124,7 +124,7 @@ impl From<store::Error> for Failure {
                 Some("`larder store ls --manifests` lists what is stored"),
             ),
             Error::Locked { .. } => (Exit::InUse, Some("try again when that process has ended")),
-            Error::DiskFull { .. } => (
+            Error::DiskFull { .. } | Error::NoInodes { .. } | Error::QuotaExceeded => (
                 Exit::Full,
                 Some("free space on that disk: `larder store gc` may, with --max-age or --max-size"),
             ),

@@ -1,12 +1,13 @@
 //! What can go wrong, each naming the object it is about.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::tree::{FormatError, InvalidTree};
-use super::{Digest, TreeDigest};
+use super::{Digest, TreeDigest, files};
 
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +25,11 @@ pub enum Error {
     /// `needed` includes what must stay free (see [`super::Options::reserved_free`]).
     #[error("the disk is full: {needed} bytes must be free, {free} are")]
     DiskFull { needed: u64, free: u64 },
+    /// `free` is in bytes.
+    #[error("the disk has no inode left for another file or folder, though {free} bytes are free")]
+    NoInodes { free: u64 },
+    #[error("a quota of the disk is used up")]
+    QuotaExceeded,
     #[error("the content {digest} is not in the store")]
     MissingBlob { digest: Digest },
     #[error("the content {digest} has {found} bytes in the store instead of {expected}: store it again to heal it")]
@@ -124,7 +130,23 @@ impl Error {
 
     /// Is it that the disk (or a quota, or the inodes) is full?
     pub fn is_disk_full(&self) -> bool {
-        matches!(self, Error::DiskFull { .. })
+        matches!(
+            self,
+            Error::DiskFull { .. } | Error::NoInodes { .. } | Error::QuotaExceeded
+        )
+    }
+
+    /// The error of a write for which [`is_full`]: what there is none left of, on the disk that `at` is on.
+    pub(super) fn full(source: &io::Error, at: impl AsFd, needed: u64) -> Self {
+        if source.raw_os_error() == Some(libc::EDQUOT) {
+            return Error::QuotaExceeded;
+        }
+        // Unknown counts as none: the write has failed for want of room, so far as is known.
+        let (free, inodes) = files::left(at).unwrap_or((0, 1));
+        match free >= needed && inodes == 0 {
+            true => Error::NoInodes { free },
+            false => Error::DiskFull { needed, free },
+        }
     }
 }
 

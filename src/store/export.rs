@@ -54,7 +54,11 @@ impl Reader {
         match disk::mkdir(Step::ExportRoot, rustix::fs::CWD, into) {
             Ok(()) | Err(Errno::EXIST) => {}
             // Not even the folder: how much else there is free does not matter.
-            Err(Errno::NOSPC | Errno::DQUOT) => return Err(Error::DiskFull { needed: 4096, free: 0 }),
+            Err(full @ (Errno::NOSPC | Errno::DQUOT)) => {
+                let parent = into.parent().filter(|parent| *parent != Path::new(""));
+                let parent = files::open_dir(rustix::fs::CWD, parent.unwrap_or(Path::new(".")));
+                return Err(Error::full(&full.into(), parent.map_err(error("open"))?, 4096));
+            }
             Err(other) => return Err(error("create")(other)),
         }
         let top = files::open_dir(rustix::fs::CWD, into).map_err(error("open"))?;
@@ -332,7 +336,7 @@ impl Export<'_> {
     fn error(&self, action: &'static str, source: impl Into<io::Error>) -> Error {
         let source = source.into();
         match super::error::is_full(&source) {
-            true => self.full(),
+            true => self.full(&source),
             false => Error::Export {
                 path: self.path(),
                 action,
@@ -342,11 +346,8 @@ impl Export<'_> {
     }
 
     /// The disk that is written to, which need not be the store's, is full.
-    fn full(&self) -> Error {
-        Error::DiskFull {
-            needed: 4096,
-            free: self.free(),
-        }
+    fn full(&self, source: &io::Error) -> Error {
+        Error::full(source, self.top, 4096)
     }
 
     fn free(&self) -> u64 {
@@ -358,7 +359,7 @@ impl Export<'_> {
         // ext4 says "no space" of an attribute that does not fit into the one block that an inode has for them.
         let has_room = source == Errno::NOSPC && self.free() > value.len() as u64 + ROOM_FOR_XATTR;
         if super::error::is_full(&source.into()) && !has_room {
-            return self.full();
+            return self.full(&source.into());
         }
         Error::Xattr {
             path: self.path(),

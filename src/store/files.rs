@@ -138,8 +138,18 @@ pub(super) fn touch(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> 
 
 /// Bytes that an ordinary user could still write to the file system.
 pub(super) fn available(fd: impl AsFd) -> Result<u64, Errno> {
+    Ok(left(fd)?.0)
+}
+
+/// Bytes as in [`available`], and inodes. A file system that has no number of these says so by having none in all, and
+/// is taken for one that has many left.
+pub(super) fn left(fd: impl AsFd) -> Result<(u64, u64), Errno> {
     let stat = rustix::fs::fstatvfs(fd)?;
-    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    let inodes = match stat.f_files {
+        0 => u64::MAX,
+        _ => stat.f_favail,
+    };
+    Ok((stat.f_bavail.saturating_mul(stat.f_frsize), inodes))
 }
 
 /// Writes all of `bytes` at `offset`, leaving out every whole block of `hole` bytes that is zero (they stay holes of

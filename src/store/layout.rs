@@ -201,10 +201,7 @@ impl Inner {
     pub fn write_error(&self, path: impl AsRef<Path>, needed: u64, source: impl Into<io::Error>) -> Error {
         let source = source.into();
         if is_full(&source) {
-            return Error::DiskFull {
-                needed: needed.saturating_add(self.options.reserved_free),
-                free: files::available(&self.dir).unwrap_or(0),
-            };
+            return Error::full(&source, &self.dir, needed.saturating_add(self.options.reserved_free));
         }
         Error::io("write", self.path(path), source)
     }

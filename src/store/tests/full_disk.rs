@@ -171,3 +171,23 @@ fn a_build_stops_before_the_reserve() {
     ));
     assert!(staging_is_empty(&store));
 }
+
+#[test]
+fn a_disk_without_inodes_says_so_instead_of_how_much_is_free() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, _guard) = disk_of(dir.path(), 32, "ext4", &["-m0", "-N400"]);
+    let store = Store::open(&disk.join("store"), Options::default()).unwrap();
+    publish(&store, "kept", &[("f", b"kept")]);
+    let build = store.build().unwrap();
+    let put = |number: u32| build.put_bytes(&number.to_le_bytes());
+    let error = (0..1000).find_map(|number| put(number).err()).unwrap();
+    assert!(matches!(error, Error::NoInodes { free } if free > 16 << 20), "{error}");
+    let tree = store.load(&store.get_ref(&name("kept")).unwrap().unwrap().current.unwrap().digest);
+    let error = store.export(&tree.unwrap(), &disk.join("out"), None).unwrap_err();
+    assert!(
+        matches!(error, Error::NoInodes { .. }) && error.is_disk_full(),
+        "{error}"
+    );
+    drop(build);
+    assert_eq!(check_all(&store), 1);
+}
