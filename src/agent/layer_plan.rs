@@ -1,5 +1,7 @@
 //! What to do about one layer: pure decisions, and the blocking work that follows from them.
 
+use std::io::ErrorKind;
+
 use jiff::Timestamp;
 
 use crate::api::conditions::{NEARLY_FULL, Verdict, Wanted, merge, reasons};
@@ -254,10 +256,12 @@ fn outcome(error: layer::Error) -> Outcome {
             message,
         },
         // There was no room for the image, or for the layer's own file.
-        Error::Io { source, .. } if source.kind() == std::io::ErrorKind::StorageFull => Outcome::Failed {
-            reason: reasons::DISK_FULL,
-            message,
-        },
+        Error::Io { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
+            Outcome::Failed {
+                reason: reasons::DISK_FULL,
+                message,
+            }
+        }
         _ => Outcome::Failed {
             reason: reasons::MOUNT_FAILED,
             message,

@@ -56,8 +56,12 @@ impl Reader {
             // Not even the folder: how much else there is free does not matter.
             Err(full @ (Errno::NOSPC | Errno::DQUOT)) => {
                 let parent = into.parent().filter(|parent| *parent != Path::new(""));
-                let parent = files::open_dir(rustix::fs::CWD, parent.unwrap_or(Path::new(".")));
-                return Err(Error::full(&full.into(), parent.map_err(error("open"))?, 4096));
+                let parent = disk::open_root(parent.unwrap_or(Path::new(".")));
+                return Err(Error::full(
+                    &full.into(),
+                    parent.map_err(error("open the folder of"))?,
+                    4096,
+                ));
             }
             Err(other) => return Err(error("create")(other)),
         }

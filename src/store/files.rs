@@ -26,6 +26,15 @@ fn point() {
     super::turns::point();
 }
 
+/// Waits a moment for what another thread does, with no lock held.
+pub(super) fn pause() {
+    #[cfg(test)]
+    if super::turns::pass_on() {
+        return;
+    }
+    std::thread::sleep(Duration::from_millis(1));
+}
+
 pub(super) fn open_dir(at: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
     point();
     disk::open_dir(at, name)
@@ -118,6 +127,12 @@ pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Ar
         Err(Errno::NOENT) => Ok(()),
         other => other,
     }
+}
+
+/// As [`remove_file`], but a file that is not there is an error.
+pub(super) fn unlink(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
+    point();
+    disk::unlink(step, at, name)
 }
 
 /// Sets a file's mtime to now: "last used".

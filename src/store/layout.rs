@@ -121,8 +121,6 @@ pub(super) struct Inner {
     pub options: Options,
     /// One lock per first byte of a digest. A put holds it while it looks for its blob.
     pub shards: Vec<Mutex<Shard>>,
-    /// Held while a blob is removed. Is taken before the lock of a shard.
-    pub removing: Mutex<()>,
     pub leases: Leases,
     /// A ref is changed under the lock of its name's hash.
     pub ref_locks: Vec<Mutex<()>>,
@@ -153,7 +151,6 @@ impl Inner {
             folder: Arc::new(Folder { root, dir, id }),
             options,
             shards: (0..256).map(|_| Mutex::default()).collect(),
-            removing: Mutex::default(),
             leases: Leases::default(),
             ref_locks: (0..64).map(|_| Mutex::default()).collect(),
             collecting: Mutex::default(),

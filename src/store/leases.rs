@@ -140,13 +140,19 @@ impl Hold {
     /// Takes a hold on a tree that is in the store. Fails with [`Error::MissingManifest`] if it is not.
     pub(super) fn take_stored(store: &Arc<Inner>, tree: &TreeDigest) -> Result<Hold, Error> {
         let path = manifest_path(tree);
-        Hold::take(store, tree, || {
-            match files::touch(Step::HoldTouch, &store.dir, path.as_str()) {
-                Ok(()) => Ok(()),
-                Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
-                Err(error) => Err(Error::io("touch", store.path(&path), error)),
+        let hold = Hold::take(store, tree, || {
+            let there = files::stat(&store.dir, path.as_str());
+            match there.map_err(|error| Error::io("look for", store.path(&path), error))? {
+                Some(_) => Ok(()),
+                None => Err(Error::MissingManifest { tree: *tree }),
             }
-        })
+        })?;
+        // Not with the leases locked: a file system that is busy deleting may have this wait for its journal.
+        match files::touch(Step::HoldTouch, &store.dir, path.as_str()) {
+            Ok(()) => Ok(hold),
+            Err(Errno::NOENT) => Err(Error::MissingManifest { tree: *tree }),
+            Err(error) => Err(Error::io("touch", store.path(&path), error)),
+        }
     }
 
     pub fn tree(&self) -> &TreeDigest {

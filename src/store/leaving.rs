@@ -9,8 +9,8 @@ use std::sync::MutexGuard;
 
 use rustix::io::Errno;
 
-use super::disk::{self, Step};
-use super::files::lock;
+use super::disk::Step;
+use super::files::{self, lock};
 use super::layout::{Inner, Shard, object_path};
 use super::{Digest, Error};
 
@@ -18,14 +18,11 @@ use super::{Digest, Error};
 pub(super) struct Leaving<'a> {
     store: &'a Inner,
     digest: Digest,
-    /// What waits until it has left waits for this.
-    _removing: MutexGuard<'a, ()>,
 }
 
 impl Inner {
-    /// Has a blob leave, unless a build has leased it: `None`.
+    /// Has a blob leave, unless a build has leased it: `None`. Call with `collecting` held: one leaves at a time.
     pub fn leave(&self, digest: &Digest) -> Option<Leaving<'_>> {
-        let removing = lock(&self.removing);
         let mut shard = lock(self.shard(digest));
         // Under the lock: a build that is not among them looks for its first blob here only after this.
         let builds = self.leases.builds();
@@ -39,7 +36,6 @@ impl Inner {
         Some(Leaving {
             store: self,
             digest: *digest,
-            _removing: removing,
         })
     }
 
@@ -51,7 +47,7 @@ impl Inner {
                 return shard;
             }
             drop(shard);
-            drop(lock(&self.removing));
+            files::pause();
         }
     }
 }
@@ -67,7 +63,7 @@ impl Leaving<'_> {
     /// Removes the file. `false` if there is none.
     pub fn remove(self, size: u64) -> Result<bool, Error> {
         let path = object_path(&self.digest);
-        match disk::unlink(Step::BlobRemove, &self.store.dir, path.as_str()) {
+        match files::unlink(Step::BlobRemove, &self.store.dir, path.as_str()) {
             Ok(()) => {
                 Inner::count_removed(&mut lock(self.store.shard(&self.digest)), size);
                 Ok(true)

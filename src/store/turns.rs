@@ -84,6 +84,15 @@ impl Turns {
         drop(ours.unwrap_or_else(PoisonError::into_inner));
     }
 
+    /// The others go on, and this one when its turn comes again.
+    fn give_up(&self, me: usize) {
+        let mut state = self.lock();
+        state.waited += 1;
+        assert!(state.waited < PATIENCE, "all wait for each other");
+        self.pass(&mut state, me);
+        self.wait(state, me);
+    }
+
     fn pass(&self, state: &mut State, me: usize) {
         let others = (0..state.alive.len()).filter(|other| *other != me && state.alive[*other]);
         if let Some(other) = others.choose(&mut state.rng) {
@@ -110,6 +119,13 @@ pub fn point() {
     }
 }
 
+/// Another thread goes on here, for this one waits for it. `false` if this one takes no turns.
+pub fn pass_on() -> bool {
+    let Some((turns, me)) = mine() else { return false };
+    turns.give_up(me);
+    true
+}
+
 /// Takes a lock; the others go on while it is taken.
 pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     point();
@@ -120,13 +136,7 @@ pub fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
         match mutex.try_lock() {
             Ok(guard) => return guard,
             Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
-            Err(TryLockError::WouldBlock) => {
-                let mut state = turns.lock();
-                state.waited += 1;
-                assert!(state.waited < PATIENCE, "all wait for each other");
-                turns.pass(&mut state, me);
-                turns.wait(state, me);
-            }
+            Err(TryLockError::WouldBlock) => turns.give_up(me),
         }
     }
 }

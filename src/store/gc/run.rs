@@ -224,6 +224,9 @@ impl Run<'_> {
             named.extend(entry.history.iter().map(|old| old.revision.digest));
         }
         for (tree, size, number, reason) in trees {
+            if self.is_cancelled() {
+                return Ok(());
+            }
             if named.contains(&tree) {
                 continue;
             }

@@ -4,7 +4,7 @@
 //! what the code does at once: one call of the kernel, or all that it does under one taking of a lock. `program.rs`
 //! has the lists, to be held side by side with the functions that they name; `state.rs` says what an `Op` does and
 //! what must be true after each; `explore.rs` goes through all orders. A change of the order or of a lock in
-//! `build.rs`, `publish.rs`, `leases.rs`, `refs.rs` or `gc/` belongs here too.
+//! `build.rs`, `publish.rs`, `leases.rs`, `leaving.rs`, `refs.rs` or `gc/` belongs here too.
 //!
 //! What must be true after every step:
 //! - whatever a ref, a layer or a [`Hold`](crate::store::Hold) names has its manifest and all its blobs;

@@ -64,7 +64,7 @@ fn filled(kind: &str, megabytes: u64, take: fn(&Path, u64), needed: u64) {
         take(disk.path(), left);
         let life = live(&rounds.work(&target, None, false));
         if let Ended::Failed(error) = &life.ended {
-            let full = ["the disk is full", "No space left on device"];
+            let full = ["the disk is full", "no inode left", "No space left on device"];
             assert!(full.iter().any(|text| error.contains(text)), "{error}");
             assert_eq!(
                 staged(&rounds.root),
