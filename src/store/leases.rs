@@ -45,6 +45,8 @@ pub(super) struct Leases(Mutex<State>);
 struct State {
     builds: Vec<Arc<BuildLeases>>,
     trees: HashMap<TreeDigest, u32>,
+    /// The tree of which something is being removed: who wants to hold it waits.
+    dropping: Option<TreeDigest>,
     /// What ended since the mark of the running collection began.
     sticky: Option<Sticky>,
 }
@@ -96,10 +98,28 @@ impl Leases {
         lock(&self.0).trees()
     }
 
-    /// Runs `act` unless the tree is held, with nobody able to take a hold meanwhile. `None` if it is held.
+    /// Runs `act` unless the tree is held, with nobody able to take a hold on it meanwhile. `None` if it is held. Call with
+    /// `collecting` held: one tree is dropped at a time.
+    ///
+    /// What `act` removes may wait for the file system's journal, so nothing is locked meanwhile (see `leaving.rs`).
     pub fn unless_held<T>(&self, tree: &TreeDigest, act: impl FnOnce() -> T) -> Option<T> {
-        let state = lock(&self.0);
-        (!state.is_held(tree)).then(act)
+        let mut state = lock(&self.0);
+        if state.is_held(tree) {
+            return None;
+        }
+        state.dropping = Some(*tree);
+        drop(state);
+        let _dropping = Dropping(self);
+        Some(act())
+    }
+}
+
+/// Ends [`State::dropping`].
+struct Dropping<'a>(&'a Leases);
+
+impl Drop for Dropping<'_> {
+    fn drop(&mut self) {
+        lock(&self.0.0).dropping = None;
     }
 }
 
@@ -122,13 +142,20 @@ pub struct Hold {
 }
 
 impl Hold {
-    /// Takes a hold if `check` agrees, under the lock that dropping a tree takes.
+    /// Takes a hold if `check` agrees, when the tree is not being dropped.
     pub(super) fn take<E>(
         store: &Arc<Inner>,
         tree: &TreeDigest,
         check: impl FnOnce() -> Result<(), E>,
     ) -> Result<Hold, E> {
-        let mut state = lock(&store.leases.0);
+        let mut state = loop {
+            let state = lock(&store.leases.0);
+            if state.dropping.as_ref() != Some(tree) {
+                break state;
+            }
+            drop(state);
+            files::pause();
+        };
         check()?;
         *state.trees.entry(*tree).or_default() += 1;
         Ok(Hold {

@@ -3,7 +3,7 @@
 //!
 //! 1. **Mark.** From its beginning nothing that is leased or held is forgotten (`leases.rs`). All refs, holders and
 //!    holds are read, then the manifests that they name. If anything of that cannot be read, nothing is deleted.
-//! 2. **Drop** images, then history from refs, then manifests: each manifest under the lock that a hold takes.
+//! 2. **Drop** images, then history from refs, then manifests: each while nobody can take a hold on it.
 //! 3. **Look again**: every manifest that is in `manifests/` now and was not marked protects its blobs too. Sync.
 //! 4. **Sweep** blob by blob; under its shard's lock the leases are looked at once more (`leaving.rs`).
 //!

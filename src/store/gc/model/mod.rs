@@ -66,6 +66,8 @@ enum Mutant {
     HistoryWithoutRefLock,
     /// A manifest is dropped whoever holds it.
     DropHeldManifests,
+    /// A hold is taken on a tree whose manifest is being removed.
+    HoldDropping,
     /// A hold looks for the manifest, lets the lock go, and is noted then.
     LookThenHold,
     /// A publish looks whether the manifest is there before it holds it.
@@ -106,6 +108,7 @@ fn mutants() -> Vec<(Mutant, Vec<Work>)> {
         (Mutant::ManifestsFirst, vec![collect]),
         (Mutant::HistoryWithoutRefLock, vec![build(0, 0), collect]),
         (Mutant::DropHeldManifests, vec![hold, collect]),
+        (Mutant::HoldDropping, vec![hold, collect]),
         (Mutant::LookThenHold, vec![hold, collect]),
         (Mutant::VerifyThenHold, vec![build(1, 0), collect]),
         (Mutant::LeaseEndsBeforeRef, vec![build(0, 0), collect]),

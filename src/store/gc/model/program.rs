@@ -71,11 +71,14 @@ pub enum Op {
     Scan(u8),
     /// `retention::plan`.
     Plan,
-    /// `Run::drop_manifests`: one ref of `Inner::refs`, then one `Leases::unless_held`.
+    /// `Run::drop_manifests`: one ref of `Inner::refs`, then one `Leases::unless_held`: a look at the holds under their lock;
+    /// the `unlinkat`; the end, under the lock.
     ForgetNamed,
     ReadRefAgain(u8),
     DropOrphan(u8),
     DropPlanned(u8),
+    UnlinkManifest(u8),
+    Dropped(u8),
     /// `Run::drop_history`: under the ref's lock.
     LockHistory(u8),
     DropHistory(u8),
@@ -112,7 +115,8 @@ impl Op {
             | SweepLater(blob) | Unlink(blob) | Left(blob) | CheckLeases(blob) => Some(Thing::Blob(blob)),
             VerifyManifest(tree) | NameManifest(tree) | HoldForPublish(tree) | TakeHold(tree) | FindHeld(tree)
             | NoteHold(tree) | DropHold(tree) | RecordLayer(tree) | RemoveLayer(tree) | ReadManifest(tree)
-            | ListOrphan(tree) | DropOrphan(tree) | DropPlanned(tree) | LookAgain(tree) => Some(Thing::Tree(tree)),
+            | ListOrphan(tree) | DropOrphan(tree) | DropPlanned(tree) | UnlinkManifest(tree) | Dropped(tree)
+            | LookAgain(tree) => Some(Thing::Tree(tree)),
             NameRef { name, .. }
             | LockRef(name)
             | UnlockRef(name)
@@ -292,7 +296,7 @@ fn collect(mutant: Option<Mutant>) -> Vec<Op> {
         true => ops.extend(
             [Op::ForgetNamed]
                 .into_iter()
-                .chain(trees.map(Op::DropPlanned))
+                .chain(trees.flat_map(|tree| drop_manifest(Op::DropPlanned, tree)))
                 .chain(drop_history),
         ),
         false => ops.extend(drop_history.into_iter().chain(drop_planned)),
@@ -308,8 +312,12 @@ fn collect(mutant: Option<Mutant>) -> Vec<Op> {
 fn drop_manifests(drop: fn(u8) -> Op) -> Vec<Op> {
     let mut ops = vec![Op::ForgetNamed];
     ops.extend((0..REFS).map(Op::ReadRefAgain));
-    ops.extend((0..TREES.len() as u8).map(drop));
+    ops.extend((0..TREES.len() as u8).flat_map(|tree| drop_manifest(drop, tree)));
     ops
+}
+
+fn drop_manifest(drop: fn(u8) -> Op, tree: u8) -> [Op; 3] {
+    [drop(tree), Op::UnlinkManifest(tree), Op::Dropped(tree)]
 }
 
 fn sweep(sweep: fn(u8) -> Op, mutant: Option<Mutant>) -> Vec<Op> {

@@ -85,6 +85,8 @@ pub struct Shared {
     pub collecting: bool,
     /// `Shard::leaving`.
     pub leaving: Set,
+    /// `State::dropping`.
+    pub dropping: Set,
 }
 
 impl Shared {
@@ -136,6 +138,7 @@ impl Shared {
             trees,
             self.ref_locks,
             self.leaving,
+            self.dropping,
         ];
         bytes.extend(sets.map(|set| set.0));
         bytes.extend([
@@ -178,6 +181,7 @@ pub fn packed(shared: &Shared, locals: &[Local]) -> Vec<u8> {
             mark.protected,
             mark.doomed,
             mark.leaving,
+            mark.dropping,
         ];
         bytes.extend(sets.map(|set| set.0));
         bytes.extend([
@@ -234,8 +238,9 @@ struct Mark {
     protected: Set,
     /// A blob that is about to go (by a mutant that looks at the leases too early).
     doomed: Set,
-    /// The blob that is being removed.
+    /// The blob, and the manifest, that is being removed.
     leaving: Set,
+    dropping: Set,
 }
 
 /// A violated rule.
@@ -267,6 +272,7 @@ pub fn is_idle(op: Op, local: &Local) -> bool {
         Op::SweepFirst(blob) => !mark.first.has(blob) || mark.protected.has(blob),
         Op::SweepLater(blob) => !mark.later.has(blob) || mark.protected.has(blob),
         Op::Unlink(blob) | Op::Left(blob) => !mark.leaving.has(blob),
+        Op::UnlinkManifest(tree) | Op::Dropped(tree) => !mark.dropping.has(tree),
         Op::LockHistory(_) | Op::ReadHistory(_) | Op::DropHistory(_) | Op::UnlockHistory(_) => {
             mark.drop == Set::default()
         }
@@ -347,6 +353,9 @@ pub fn step(op: Op, shared: &Shared, local: &Local, others: Set, mutant: Option<
         }
         Op::ForgetRef(name) => write_ref(&mut shared, &local, name, RefFile::default())?,
         Op::UnlockRef(name) | Op::UnlockHistory(name) => shared.ref_locks.remove(name),
+        Op::HoldForPublish(tree) | Op::TakeHold(tree) if shared.dropping.has(tree) && !is(Mutant::HoldDropping) => {
+            return Ok(Step::Waits);
+        }
         Op::HoldForPublish(tree) => shared.holds[tree as usize] += 1,
         Op::FindHeld(tree) => local.gave_up = !shared.manifests.has(tree),
         Op::NoteHold(tree) => {
@@ -444,8 +453,14 @@ fn collect(op: Op, mut shared: Shared, mut local: Local, others: Set, mutant: Op
         Op::DropOrphan(tree) | Op::DropPlanned(tree) => {
             let held = shared.held().has(tree) && !is(Mutant::DropHeldManifests);
             if !mark.named_now.has(tree) && !held {
-                shared.manifests.remove(tree);
+                shared.dropping.add(tree);
+                mark.dropping.add(tree);
             }
+        }
+        Op::UnlinkManifest(tree) => shared.manifests.remove(tree),
+        Op::Dropped(tree) => {
+            shared.dropping.remove(tree);
+            mark.dropping.remove(tree);
         }
         Op::ForgetProtected => mark.protected = Set::default(),
         Op::LookAgain(tree) => {
