@@ -26,13 +26,21 @@ fn point() {
     super::turns::point();
 }
 
-/// Waits a moment for what another thread does, with no lock held.
-pub(super) fn pause() {
-    #[cfg(test)]
-    if super::turns::pass_on() {
-        return;
+/// Takes a lock when what it guards is as `is` wants it. Until then it looks again each millisecond: who changes it takes
+/// the lock often, and would have it again before one that is woken.
+pub(super) fn lock_when<T>(mutex: &Mutex<T>, is: impl Fn(&T) -> bool) -> MutexGuard<'_, T> {
+    loop {
+        let guard = lock(mutex);
+        if is(&guard) {
+            return guard;
+        }
+        drop(guard);
+        #[cfg(test)]
+        if super::turns::pass_on() {
+            continue;
+        }
+        std::thread::sleep(Duration::from_millis(1));
     }
-    std::thread::sleep(Duration::from_millis(1));
 }
 
 pub(super) fn open_dir(at: impl AsFd, name: impl rustix::path::Arg) -> Result<OwnedFd, Errno> {
@@ -122,8 +130,7 @@ pub fn is_settled(stat: &Stat, now: SystemTime) -> bool {
 
 /// Removes a name that is not a folder; one that is gone already is good.
 pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
-    point();
-    match disk::unlink(step, at, name) {
+    match unlink(step, at, name) {
         Err(Errno::NOENT) => Ok(()),
         other => other,
     }

@@ -36,6 +36,10 @@ impl BuildLeases {
     pub fn table(&self, digest: &Digest) -> &Mutex<HashMap<Digest, Leased>> {
         &self.tables[usize::from(digest.as_bytes()[0])]
     }
+
+    pub fn has(&self, digest: &Digest) -> bool {
+        lock(self.table(digest)).contains_key(digest)
+    }
 }
 
 #[derive(Default)]
@@ -148,14 +152,7 @@ impl Hold {
         tree: &TreeDigest,
         check: impl FnOnce() -> Result<(), E>,
     ) -> Result<Hold, E> {
-        let mut state = loop {
-            let state = lock(&store.leases.0);
-            if state.dropping.as_ref() != Some(tree) {
-                break state;
-            }
-            drop(state);
-            files::pause();
-        };
+        let mut state = files::lock_when(&store.leases.0, |state| state.dropping.as_ref() != Some(tree));
         check()?;
         *state.trees.entry(*tree).or_default() += 1;
         Ok(Hold {

@@ -25,11 +25,7 @@ impl Inner {
     pub fn leave(&self, digest: &Digest) -> Option<Leaving<'_>> {
         let mut shard = lock(self.shard(digest));
         // Under the lock: a build that is not among them looks for its first blob here only after this.
-        let builds = self.leases.builds();
-        if builds
-            .iter()
-            .any(|build| lock(build.table(digest)).contains_key(digest))
-        {
+        if self.leases.builds().iter().any(|build| build.has(digest)) {
             return None;
         }
         shard.leaving = Some(*digest);
@@ -41,14 +37,7 @@ impl Inner {
 
     /// The shard of a blob that is to get its name, and that is not leaving.
     pub fn shard_to_name(&self, digest: &Digest) -> MutexGuard<'_, Shard> {
-        loop {
-            let shard = lock(self.shard(digest));
-            if !shard.is_leaving(digest) {
-                return shard;
-            }
-            drop(shard);
-            files::pause();
-        }
+        files::lock_when(self.shard(digest), |shard| !shard.is_leaving(digest))
     }
 }
 

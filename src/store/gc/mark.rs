@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use rustix::io::Errno;
 
 use super::{Collecting, Holders};
-use crate::store::files::{self, lock};
+use crate::store::files;
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
@@ -222,9 +222,7 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, how: &Collecting) -> Re
                 digest,
                 size: stat.st_size.max(0) as u64,
                 last_used: files::mtime(&stat),
-                leased: builds
-                    .iter()
-                    .any(|build| lock(build.table(&digest)).contains_key(&digest)),
+                leased: builds.iter().any(|build| build.has(&digest)),
                 present: true,
             };
             match known {
