@@ -179,7 +179,7 @@ impl Node {
         if self.memory.blocked && !is_blocked && self.ran.is_none_or(|ran| ran < began) {
             // What kept the last run from deleting is mended; that is said before there is another run.
             (self.memory.blocked, self.memory.state.problem) = (false, None);
-            self.unsaved.memory = true;
+            self.saving.wanted.memory = true;
         }
         match result {
             Ok(figures) => {

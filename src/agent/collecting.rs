@@ -29,12 +29,15 @@ impl Node {
         let time = Timestamp::now();
         let before = self.memory.clone();
         retention::adopt(&mut self.memory, policy.as_ref(), &self.node, time);
-        self.unsaved.memory |= self.memory != before;
+        retention::ease(&mut self.memory, policy.as_ref(), self.room);
+        self.saving.wanted.memory |= self.memory != before;
         let is_over = self.memory.state.over_limit.is_some();
         self.health.metrics().over_limit.set(is_over.into());
-        let due = match retention::is_pressed(&self.memory, policy.as_ref(), self.room, time) {
-            true => Due::Now(Trigger::Pressure),
-            false => retention::due(&self.memory, policy.as_ref(), &self.node, time),
+        // What was asked for is answered, and recorded, as that, also if room is wanted as well.
+        let due = match retention::due(&self.memory, policy.as_ref(), &self.node, time) {
+            Due::Now(trigger) => Due::Now(trigger),
+            _ if retention::is_pressed(&self.memory, policy.as_ref(), self.room, time) => Due::Now(Trigger::Pressure),
+            later => later,
         };
         match due {
             Due::Never => now + TICK,
@@ -89,6 +92,8 @@ impl Node {
         self.collecting = None;
         let now = Instant::now();
         self.ran = Some(now);
+        // What was seen before the run says nothing of what it left.
+        (self.room, self.looked) = (None, None);
         self.pace.changed(now);
         self.health.metrics().retention_runs.inc();
         match &result {
@@ -104,6 +109,9 @@ impl Node {
                     dry_run = report.dry_run,
                     "retention ran"
                 );
+                if let Some(error) = &report.failed {
+                    warn!(node = self.node, error, "retention ended early");
+                }
                 if !report.dry_run {
                     self.health.metrics().freed_bytes.inc_by(report.freed_bytes);
                 }
@@ -111,12 +119,13 @@ impl Node {
             }
             Err(error) => warn!(node = self.node, error, "retention failed"),
         }
-        if result.as_ref().map_or(true, |(report, _)| !report.blocked.is_empty()) {
+        let has_failed = |report: &Report| report.failed.is_some() || !report.blocked.is_empty();
+        if result.as_ref().map_or(true, |(report, _)| has_failed(report)) {
             self.health.metrics().retention_failures.inc();
         }
         let noted = result.as_ref().map(|(report, _)| report).map_err(String::as_str);
         retention::note(&mut self.memory, request, noted, Timestamp::now());
-        self.unsaved.memory = true;
+        self.saving.wanted.memory = true;
         if let Some(refs) = refs {
             // A build that ended meanwhile is newer than what was read.
             for (key, entry) in refs {

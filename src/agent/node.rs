@@ -18,7 +18,7 @@ use super::analysis::{Figures, Pace, Trouble};
 use super::builds::{Builder, Ended, MountedLayers};
 use super::plan::{self, Failed, Goal, Known, Step};
 use super::retention::{Memory, Room};
-use super::saved::{self, SavedSpec};
+use super::saved::{self, SavedSpec, Saving};
 use super::tell;
 use super::throttle::Throttle;
 use super::work::{self, Built, Done};
@@ -69,13 +69,6 @@ pub(super) struct RunUnderWay {
     pub(super) began: Instant,
 }
 
-/// What changed since it was saved.
-#[derive(Default)]
-pub(super) struct Unsaved {
-    spec: bool,
-    pub(super) memory: bool,
-}
-
 /// The NodeStore as the API server has it.
 pub(super) struct Observed {
     pub(super) uid: String,
@@ -111,8 +104,7 @@ pub struct Node {
     pub(super) looked: Option<Instant>,
     pub(super) announcer: Announcer,
     announced_over: Option<Said>,
-    pub(super) unsaved: Unsaved,
-    saving: bool,
+    pub(super) saving: Saving,
     usage: Option<StoreUsage>,
     /// When to count what the store's room is used for, and what was counted last.
     pub(super) pace: Pace,
@@ -156,8 +148,7 @@ impl Node {
             room: None,
             looked: None,
             announced_over: None,
-            unsaved: Unsaved::default(),
-            saving: false,
+            saving: Saving::default(),
             usage: None,
             pace: Pace::new(now),
             figures: None,
@@ -252,7 +243,7 @@ impl Node {
                 "taking up a new spec"
             );
             self.spec = Some(Arc::new(spec));
-            self.unsaved.spec = true;
+            self.saving.wanted.spec = true;
         }
     }
 
@@ -299,7 +290,8 @@ impl Node {
         }
         wake = wake.min(self.retention(now));
         wake = self.analyse(now).map_or(wake, |due| wake.min(due));
-        self.save();
+        self.save(now);
+        wake = self.saving.due(now).map_or(wake, |due| wake.min(due));
         self.publish_placed(manifests);
         wake.min(self.write_status(manifests, &steps, now))
     }
@@ -360,16 +352,14 @@ impl Node {
         }
     }
 
-    /// Saves what is unsaved, one write at a time.
-    fn save(&mut self) {
-        if self.saving || !(self.unsaved.spec || self.unsaved.memory) {
+    /// Saves what is to be saved.
+    fn save(&mut self, now: Instant) {
+        let Some(files) = self.saving.begin(now) else {
             return;
-        }
-        let unsaved = std::mem::take(&mut self.unsaved);
-        self.saving = true;
+        };
         let root = self.builder.store.root().to_owned();
-        let spec = self.spec.clone().filter(|_| unsaved.spec);
-        let memory = unsaved.memory.then(|| self.memory.clone());
+        let spec = self.spec.clone().filter(|_| files.spec);
+        let memory = files.memory.then(|| self.memory.clone());
         self.tasks.spawn_blocking(move || {
             let spec = spec.map_or(Ok(()), |spec| saved::save(&root.join(saved::SPEC), &*spec));
             let memory = memory.map_or(Ok(()), |memory| saved::save(&root.join(saved::MEMORY), &memory));
@@ -437,10 +427,10 @@ impl Node {
             }
             Done::Collected(collected) => self.collected(*collected),
             Done::Saved(result) => {
-                self.saving = false;
+                self.saving.end(&result, now);
                 if let Err(error) = result {
-                    // The API server still has the spec; only a restart without it would miss the file.
-                    warn!(%error, "cannot save what the agent would need after a restart");
+                    // Only a restart would miss it.
+                    warn!(%error, "cannot save what the agent would need after a restart; trying again");
                 }
             }
             Done::Counted(usage) => self.counted(usage),

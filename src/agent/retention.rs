@@ -13,9 +13,9 @@ use tracing::warn;
 
 use super::others;
 use crate::api::conditions::whole_seconds;
-use crate::api::{ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, int64, truncate};
+use crate::api::{PolicyRules, ProjectedPolicy, RetentionState, RunSummary, Schedule, human_size, int64, truncate};
 use crate::policy::{disk_size, limits, limits_of};
-use crate::store::{Collecting, Holders, Removals, Report, RunId, Store, Usage, retention};
+use crate::store::{Collecting, Holders, Removals, Report, RunId, Store, Unfinished, Usage, retention};
 
 /// Longest text about a node's retention in its status, in bytes.
 const MAX_TEXT: usize = 512;
@@ -30,6 +30,8 @@ pub struct Memory {
     pub since: Option<Timestamp>,
     /// When a run was last tried; one that failed waits for its next time like one that worked.
     pub tried: Option<Timestamp>,
+    /// The policy was edited since the last run.
+    pub edited: bool,
     /// The problem that the status names is that something unreadable kept the last run from deleting.
     pub blocked: bool,
     /// Requests that were answered, by the UIDs of their policies, the latest last. A node may come back under a
@@ -84,12 +86,17 @@ pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, 
             ..Default::default()
         };
     }
+    // The clock was ahead, and was set right: without this nothing would be due until that time comes again.
+    for time in [&mut memory.since, &mut memory.tried].into_iter().flatten() {
+        *time = (*time).min(now);
+    }
     let state = &mut memory.state;
     let generation = policy.map_or(0, |policy| policy.generation);
     if state.observed_generation != generation {
         // What kept the last run from working may be mended by the new spec.
-        (state.observed_generation, state.problem, state.over_limit) = (generation, None, None);
+        (state.observed_generation, state.problem) = (generation, None);
         memory.blocked = false;
+        memory.edited = true;
     }
     if let Some(Err(invalid)) = policy.map(|policy| policy.rules.check()) {
         state.problem = Some(truncate(&invalid.to_string(), MAX_TEXT));
@@ -136,20 +143,37 @@ pub fn is_pressed(memory: &Memory, policy: Option<&ProjectedPolicy>, room: Optio
     let (Some(policy), Some(room)) = (policy, room) else {
         return false;
     };
-    // The clock may have been set back since.
     let pause = match memory.state.over_limit {
-        None => PRESSURE_PAUSE,
-        Some(_) => OVER_LIMIT_PAUSE,
+        Some(_) if !memory.edited => OVER_LIMIT_PAUSE,
+        _ => PRESSURE_PAUSE,
     };
+    // The clock may have been set back since.
     let recently = memory
         .tried
         .is_some_and(|tried| now.duration_since(tried).abs() < pause);
     if recently || policy.rules.suspend || policy.rules.dry_run || policy.rules.check().is_err() {
         return false;
     }
-    limits_of(&policy.rules, room.total).is_ok_and(|limits| {
-        limits.max_size.is_some_and(|most| room.size > most) || limits.min_free.is_some_and(|least| room.free < least)
-    })
+    is_over(&policy.rules, Some(room)).unwrap_or_default()
+}
+
+/// Whether the limits of a policy are broken; `None` if that is not known.
+fn is_over(rules: &PolicyRules, room: Option<Room>) -> Option<bool> {
+    if rules.max_size.is_none() && rules.min_free.is_none() {
+        return Some(false);
+    }
+    let room = room?;
+    let limits = limits_of(rules, room.total).ok()?;
+    let is_larger = limits.max_size.is_some_and(|most| room.size > most);
+    Some(is_larger || limits.min_free.is_some_and(|least| room.free < least))
+}
+
+/// Forgets that the node was over its limits when it is no more, whoever made the room or moved the limits. `room` was
+/// looked at after the last run.
+pub fn ease(memory: &mut Memory, policy: Option<&ProjectedPolicy>, room: Option<Room>) {
+    if policy.is_none_or(|policy| is_over(&policy.rules, room) == Some(false)) {
+        memory.state.over_limit = None;
+    }
 }
 
 /// The room that the store takes and has, in bytes.
@@ -220,11 +244,14 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
         rate: how.rate,
         cancel: &how.cancel,
     };
-    let (report, removals): (Report, Removals) = store
-        .collect_with(&policy, holders, &collecting)
-        .map_err(|error| error.to_string())?;
+    let (report, removals): (Report, Removals) = match store.collect_with(&policy, holders, &collecting) {
+        Ok(collected) => collected,
+        // It is in the report, too.
+        Err(Unfinished { done: Some(done), .. }) => *done,
+        Err(unfinished) => return Err(unfinished.to_string()),
+    };
     if how.trigger == Trigger::Pressure && removals.is_empty() {
-        // There may be one each hour, and what other runs did is worth more.
+        // There may be one each ten minutes, and what other runs did is worth more.
         return Ok((report, None));
     }
     let about = json!({"trigger": how.trigger, "policy": how.policy});
@@ -237,6 +264,7 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
 /// Notes what a run did, or why it could not be made.
 pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report, &str>, now: Timestamp) {
     memory.tried = Some(now);
+    memory.edited = false;
     memory.blocked = result.is_ok_and(|report| !report.blocked.is_empty());
     let state = &mut memory.state;
     if let (Some(policy), Some(request)) = (&state.policy_uid, &request) {
@@ -257,11 +285,16 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
                 dropped_revisions: int64(report.dropped_history.len() as u64),
                 dry_run: report.dry_run,
             });
-            state.over_limit = report
-                .over_limit
-                .as_ref()
-                .map(|over| truncate(&over_limit(over), MAX_TEXT));
-            state.problem = report.blocked.first().map(|problem| {
+            // One that ended before its plan knows nothing of it.
+            if report.complete && report.blocked.is_empty() {
+                let over = report.over_limit.as_ref();
+                state.over_limit = over.map(|over| truncate(&over_limit(over), MAX_TEXT));
+            }
+            let failed = report.failed.as_ref().map(|failed| {
+                let text = format!("it ended early, what it had deleted stays deleted: {failed}");
+                truncate(&text, MAX_TEXT)
+            });
+            let blocked = report.blocked.first().map(|problem| {
                 let said = format!(
                     "nothing was deleted, because {} cannot be read: {}{}",
                     problem.path,
@@ -270,6 +303,7 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
                 );
                 truncate(&said, MAX_TEXT)
             });
+            state.problem = failed.or(blocked);
         }
         Err(problem) => state.problem = Some(truncate(problem, MAX_TEXT)),
     }
@@ -336,8 +370,17 @@ mod tests {
         text.parse().unwrap()
     }
 
+    fn report(complete: bool) -> Report {
+        let at = "2026-01-01T12:00:00Z";
+        serde_json::from_value(json!({
+            "dryRun": false, "complete": complete, "started": at, "finished": at, "scannedBlobs": 0, "deletedBlobs": 0,
+            "freedBytes": 0, "droppedHistory": [], "decisions": [], "overLimit": null, "blocked": [], "missingBlobs": 0,
+        }))
+        .unwrap()
+    }
+
     fn ran(memory: &mut Memory, time: &str) {
-        memory.tried = Some(at(time));
+        (memory.tried, memory.edited) = (Some(at(time)), false);
     }
 
     #[test]
@@ -498,6 +541,113 @@ mod tests {
                 "{time}"
             );
         }
+    }
+
+    #[test]
+    fn a_clock_that_was_ahead_for_a_while_stops_no_schedule() {
+        let policy = policy(json!({"schedule": "0 3 * * *"}));
+        // With a run in that time, and with the policy first seen in it.
+        for has_run in [true, false] {
+            let mut memory = Memory::default();
+            adopt(&mut memory, Some(&policy), "n", at("2038-01-01T12:00:00Z"));
+            if has_run {
+                note(&mut memory, None, Err("no disk"), at("2038-01-02T03:00:00Z"));
+            }
+            adopt(&mut memory, Some(&policy), "n", at("2026-01-01T12:00:00Z"));
+            let next = at("2026-01-02T03:00:00Z");
+            assert_eq!(memory.state.next_run, Some(Time(next)), "{has_run}");
+            adopt(&mut memory, Some(&policy), "n", at("2026-01-02T02:59:59Z"));
+            assert_eq!(due(&memory, Some(&policy), "n", next), Due::Now(Trigger::Schedule));
+        }
+    }
+
+    #[test]
+    fn a_node_is_over_its_limits_until_there_is_room_again() {
+        let gib = 1u64 << 30;
+        let room = |size: u64| Room {
+            size: size * gib,
+            free: 50 * gib,
+            total: 100 * gib,
+        };
+        let limited = |generation: i64, rules| ProjectedPolicy {
+            generation,
+            ..policy(rules)
+        };
+        let now = at("2026-01-01T12:00:00Z");
+        let over = |rules, room| {
+            let mut memory = Memory::default();
+            adopt(&mut memory, Some(&limited(1, json!({"maxSize": "10Gi"}))), "n", now);
+            note(&mut memory, None, Err("no disk"), now);
+            memory.state.over_limit = Some("20Gi of at most 10Gi".into());
+            let policy = limited(2, rules);
+            adopt(&mut memory, Some(&policy), "n", now);
+            ease(&mut memory, Some(&policy), room);
+            memory.state.over_limit.is_some()
+        };
+        // Nothing changed; nobody has looked since the last run; somebody made room; the limit was raised, and taken away.
+        assert!(over(json!({"maxSize": "10Gi"}), Some(room(20))));
+        assert!(over(json!({"maxSize": "10Gi"}), None));
+        assert!(!over(json!({"maxSize": "10Gi"}), Some(room(10))));
+        assert!(!over(json!({"maxSize": "30Gi"}), Some(room(20))));
+        assert!(!over(json!({}), None));
+
+        // A run that could not look says nothing of it, and one that was cut off neither.
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&limited(1, json!({"maxSize": "10Gi"}))), "n", now);
+        memory.state.over_limit = Some("20Gi of at most 10Gi".into());
+        let problem = crate::store::Problem {
+            path: "/store/refs/x".into(),
+            message: "it is damaged".into(),
+        };
+        let blocked = Report {
+            blocked: vec![problem],
+            ..report(true)
+        };
+        for report in [&blocked, &report(false)] {
+            note(&mut memory, None, Ok(report), now);
+            assert!(memory.state.over_limit.is_some());
+        }
+        note(&mut memory, None, Ok(&report(true)), now);
+        assert_eq!(memory.state.over_limit, None);
+    }
+
+    #[test]
+    fn a_run_that_ended_early_says_what_it_did_and_why_it_ended() {
+        let now = at("2026-01-01T12:00:00Z");
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&policy(json!({}))), "n", now);
+        let report = Report {
+            failed: Some("cannot remove /store/objects/ab/cd: Input/output error".into()),
+            deleted_blobs: 7,
+            ..report(false)
+        };
+        note(&mut memory, None, Ok(&report), now);
+        assert_eq!(memory.state.last_run.unwrap().deleted_blobs, 7);
+        let problem = memory.state.problem.unwrap();
+        assert!(
+            problem.contains("ended early") && problem.contains("objects/ab/cd"),
+            "{problem}"
+        );
+    }
+
+    #[test]
+    fn after_an_edit_a_node_over_its_limits_is_seen_to_sooner() {
+        let room = Some(Room {
+            size: 20,
+            free: 50,
+            total: 100,
+        });
+        let mut edited = policy(json!({"maxSize": "10"}));
+        let now = at("2026-01-01T12:00:00Z");
+        let mut memory = Memory::default();
+        adopt(&mut memory, Some(&edited), "n", now);
+        note(&mut memory, None, Err("no disk"), now);
+        memory.state.over_limit = Some("20 of at most 10".into());
+        let later = at("2026-01-01T12:10:00Z");
+        assert!(!is_pressed(&memory, Some(&edited), room, later));
+        edited.generation += 1;
+        adopt(&mut memory, Some(&edited), "n", later);
+        assert!(is_pressed(&memory, Some(&edited), room, later));
     }
 
     #[test]

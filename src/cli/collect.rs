@@ -17,7 +17,7 @@ use super::{policy, trees};
 use crate::api::{PolicyRules, parse_duration, parse_size};
 use crate::policy::limits;
 use crate::store::retention::{OverLimit, Policy};
-use crate::store::{Collecting, Kind, Report};
+use crate::store::{Collecting, Kind, Report, Unfinished};
 
 /// Delete what nothing needs, by these limits. What a ref stands for, a layer or mount shows, or a running build
 /// stores is never deleted.
@@ -131,7 +131,15 @@ fn collect(
     };
     let collected = site.store.collect_with(policy, &site.layers, &how);
     bar.finish_and_clear();
-    let (report, removals) = collected?;
+    let (collected, failed) = match collected {
+        Ok(collected) => (collected, None),
+        Err(Unfinished {
+            error,
+            done: Some(done),
+        }) => (*done, Some(error)),
+        Err(unfinished) => return Err(unfinished.error.into()),
+    };
+    let (report, removals) = collected;
     // A plan is asked for again and again, and leaves nothing.
     if !dry_run && let Err(error) = site.store.record_run(&report, &removals, about) {
         io.note(&format!("the run is not recorded: {error}"));
@@ -139,6 +147,9 @@ fn collect(
     match io.is_json() {
         true => io.json(&report)?,
         false => print(&report, io)?,
+    }
+    if let Some(error) = failed {
+        return Err(error.into());
     }
     for problem in &report.blocked {
         io.note(&format!("{}: {}", problem.path, problem.message));

@@ -65,6 +65,7 @@ fn state(run: &RunRecord) -> &'static str {
     let report = &run.report;
     match () {
         () if !report.blocked.is_empty() => "blocked",
+        () if report.failed.is_some() => "failed",
         () if !report.complete => "cancelled",
         () if report.over_limit.is_some() => "over limit",
         () if report.dry_run => "dry run",

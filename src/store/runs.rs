@@ -24,8 +24,9 @@ const VERSION: u32 = 1;
 const SUFFIX: &str = ".jsonl";
 /// Records that are kept, at most …
 const MOST: usize = 100;
-/// … and their bytes together, at most, the newest one's among them: also no more than a 500th of the file system, and a
-/// 20th of what is free on it.
+/// … and their bytes together, at most, the newest one's among them: also no more than a 500th of the file system. Of a
+/// run no more is listed than a 20th of what is free on it, but for that no older record goes: a disk that was full is when
+/// they are read.
 const MOST_BYTES: u64 = 256 << 20;
 /// Longest first line that is read, in bytes: it names dropped history.
 const MAX_HEAD: u64 = 16 << 20;
@@ -92,10 +93,10 @@ impl Store {
         let store = &self.inner;
         let failed = |e: io::Error| store.write_error(RUNS, 4096, e);
         files::ensure_dir(Step::RunsDir, &store.dir, RUNS).map_err(|e| failed(e.into()))?;
-        let budget = budget(store).map_err(failed)?;
+        let (budget, most) = budgets(store).map_err(failed)?;
         prune(store, MOST - 1, budget)?;
         let staged = store.staging_name("run");
-        let written = self.write_run(&staged, report, removals, about, budget);
+        let written = self.write_run(&staged, report, removals, about, most);
         let named = written.and_then(|()| {
             let mut id = RunId::of(report.started);
             // Two runs in one millisecond: the later one is named after a later time.
@@ -162,12 +163,13 @@ fn path_of(id: &RunId) -> String {
     format!("{RUNS}/{id}{SUFFIX}")
 }
 
-/// How many bytes records may take.
-fn budget(store: &Folder) -> io::Result<u64> {
+/// How many bytes all records may take, and the list of a new one.
+fn budgets(store: &Folder) -> io::Result<(u64, u64)> {
     let stat = rustix::fs::fstatvfs(&store.dir)?;
     let total = stat.f_blocks.saturating_mul(stat.f_frsize);
     let free = stat.f_bavail.saturating_mul(stat.f_frsize);
-    Ok(MOST_BYTES.min(total / 500).min(free / 20))
+    let all = MOST_BYTES.min(total / 500);
+    Ok((all, all.min(free / 20)))
 }
 
 /// Removes the oldest records until there are at most so many, of at most so many bytes. The newest stays.

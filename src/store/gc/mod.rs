@@ -18,6 +18,7 @@ mod model;
 mod run;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
@@ -27,7 +28,7 @@ use serde::{Deserialize, Serialize};
 use super::files::lock;
 use super::layout::Inner;
 use super::pace::Pace;
-use super::quarantine::{self, Quarantined};
+use super::quarantine::Quarantined;
 use super::retention::{Facts, OverLimit, Plan, Policy, Reason, plan};
 use super::{Error, Problem, Store, TreeDigest, time};
 use mark::mark;
@@ -147,8 +148,11 @@ impl Removals {
 #[serde(rename_all = "camelCase")]
 pub struct Report {
     pub dry_run: bool,
-    /// `false`: it was cancelled before its end.
+    /// `false`: it was cancelled before its end, or has failed.
     pub complete: bool,
+    /// Why it ended early. What it had deleted by then is in the report.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     #[serde(with = "time")]
     pub started: SystemTime,
     #[serde(with = "time")]
@@ -201,6 +205,34 @@ pub enum Kind {
     Quarantined,
 }
 
+/// Why a collection was not made, or ended early.
+#[derive(thiserror::Error)]
+#[error("{error}")]
+pub struct Unfinished {
+    pub error: Error,
+    /// What it did until then, if it had begun; it is worth a record like any other.
+    pub done: Option<Box<(Report, Removals)>>,
+}
+
+impl fmt::Debug for Unfinished {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let report = self.done.as_ref().map(|done| &done.0);
+        write!(f, "{:?}, after {report:?}", self.error)
+    }
+}
+
+impl From<Error> for Unfinished {
+    fn from(error: Error) -> Self {
+        Unfinished { error, done: None }
+    }
+}
+
+impl From<Unfinished> for Error {
+    fn from(unfinished: Unfinished) -> Self {
+        unfinished.error
+    }
+}
+
 impl Store {
     /// Finds out what may go by the policy, and deletes it unless `dry_run`. Collections wait for one another; builds
     /// go on meanwhile.
@@ -212,7 +244,7 @@ impl Store {
         holders: &dyn Holders,
         dry_run: bool,
         now: SystemTime,
-    ) -> Result<Report, Error> {
+    ) -> Result<Report, Unfinished> {
         let how = Collecting {
             dry_run,
             now,
@@ -228,7 +260,7 @@ impl Store {
         policy: &Policy,
         holders: &dyn Holders,
         how: &Collecting,
-    ) -> Result<(Report, Removals), Error> {
+    ) -> Result<(Report, Removals), Unfinished> {
         self.collect_and(policy, holders, how, &|| {})
     }
 
@@ -239,7 +271,7 @@ impl Store {
         holders: &dyn Holders,
         how: &Collecting,
         after_plan: &dyn Fn(),
-    ) -> Result<(Report, Removals), Error> {
+    ) -> Result<(Report, Removals), Unfinished> {
         let Collecting { dry_run, now, .. } = *how;
         let store = &self.inner;
         let _one_at_a_time = lock(&store.collecting);
@@ -264,27 +296,26 @@ impl Store {
             started: now,
         };
         // What could not be read may need anything: then nothing goes, and a dry run promises nothing else.
-        if run.blocked.is_empty() && marked.complete {
-            // It is needed by nothing, whatever is live.
-            run.expire(quarantine::old(store, now)?, dry_run)?;
-            match dry_run {
-                true => run.pretend(),
-                false => {
-                    run.execute()?;
-                    // A ref that was rewritten on a full disk has used it up.
-                    store.ensure_spare()?;
-                }
-            }
-        }
-        let complete = marked.complete && !how.cancel.load(Ordering::Relaxed);
-        let (report, gone, quarantined) = run.report(dry_run, complete);
+        let ended = match run.blocked.is_empty() && marked.complete {
+            true => run.carry_out(dry_run),
+            false => Ok(()),
+        };
+        let complete = marked.complete && ended.is_ok() && !how.cancel.load(Ordering::Relaxed);
+        let (mut report, gone, quarantined) = run.report(dry_run, complete);
+        report.failed = ended.as_ref().err().map(Error::to_string);
         let removals = Removals {
             facts: marked.facts,
             orphans: marked.orphans,
             quarantined,
             gone,
         };
-        Ok((report, removals))
+        match ended {
+            Ok(()) => Ok((report, removals)),
+            Err(error) => Err(Unfinished {
+                error,
+                done: Some(Box::new((report, removals))),
+            }),
+        }
     }
 }
 

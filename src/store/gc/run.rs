@@ -76,7 +76,21 @@ impl Run<'_> {
         });
     }
 
-    pub fn expire(&mut self, old: Vec<Quarantined>, dry_run: bool) -> Result<(), Error> {
+    /// Deletes, or says what would be deleted.
+    pub fn carry_out(&mut self, dry_run: bool) -> Result<(), Error> {
+        // It is needed by nothing, whatever is live.
+        self.expire(quarantine::old(self.store, self.started)?, dry_run)?;
+        if dry_run {
+            self.pretend();
+            return Ok(());
+        }
+        let ended = self.execute();
+        // A ref that was rewritten on a full disk has used it up.
+        let spare = self.store.ensure_spare();
+        ended.and(spare)
+    }
+
+    fn expire(&mut self, old: Vec<Quarantined>, dry_run: bool) -> Result<(), Error> {
         for one in old {
             if self.is_cancelled() {
                 break;
@@ -91,7 +105,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    pub fn pretend(&mut self) {
+    fn pretend(&mut self) {
         let (marked, plan) = (self.marked, self.plan);
         for (index, reason) in &plan.images {
             let image = &marked.facts.images[*index];
@@ -114,7 +128,7 @@ impl Run<'_> {
         }
     }
 
-    pub fn execute(&mut self) -> Result<(), Error> {
+    fn execute(&mut self) -> Result<(), Error> {
         let (store, marked, plan) = (self.store, self.marked, self.plan);
         for manifest in marked
             .facts
@@ -352,6 +366,7 @@ impl Run<'_> {
         let report = Report {
             dry_run,
             complete,
+            failed: None,
             started,
             finished: SystemTime::now().max(started),
             scanned_blobs: marked.scanned,

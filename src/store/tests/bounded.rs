@@ -64,6 +64,49 @@ fn a_cancelled_collection_deletes_no_more_and_the_next_goes_on() {
 }
 
 #[test]
+fn a_collection_that_fails_on_its_way_tells_what_it_has_deleted() {
+    let (_dir, store) = store();
+    forgotten(&store, 100);
+    let digests = (0..100).map(|n| digest_of(format!("{n}").as_bytes()));
+    let last = blob_path(&store, &digests.max_by_key(|digest| digest.hex()).unwrap());
+    let how = Collecting {
+        dry_run: false,
+        now: SystemTime::now(),
+        rate: None,
+        cancel: &AtomicBool::new(false),
+    };
+    // No folder can be removed as a file is.
+    let hinder = || {
+        std::fs::remove_file(&last).unwrap();
+        std::fs::create_dir(&last).unwrap();
+    };
+    let failed = store.collect_and(&nothing_kept(), &Trees(vec![]), &how, &hinder);
+    let Err(Unfinished {
+        error,
+        done: Some(done),
+    }) = failed
+    else {
+        panic!("it ended")
+    };
+    let (report, removals) = *done;
+    assert!(error.to_string().contains(last.to_str().unwrap()), "{error}");
+    assert_eq!(report.failed, Some(error.to_string()));
+    // The manifest went as well.
+    let gone = 100 - (store.blobs().unwrap().0 - 1);
+    assert!((50..100).contains(&report.deleted_blobs), "{}", report.deleted_blobs);
+    assert_eq!((report.complete, report.deleted_blobs), (false, gone - 1));
+    assert_eq!(removals.len() as u64, report.deleted_blobs + 1);
+    let id = store.record_run(&report, &removals, &serde_json::Value::Null).unwrap();
+    let mut listed = 0;
+    let record = store.run(&id, &mut |_| listed += 1).unwrap();
+    assert_eq!((record.report.failed, listed), (report.failed, removals.len()));
+    std::fs::remove_dir(&last).unwrap();
+    let rest = collect(&store);
+    assert!(rest.complete && rest.failed.is_none());
+    assert_eq!((collect(&store).deleted_blobs, check_all(&store)), (0, 0));
+}
+
+#[test]
 fn no_more_is_removed_in_a_second_than_may_be() {
     let (_dir, store) = store();
     forgotten(&store, 100);
