@@ -9,7 +9,7 @@ use super::io::Io;
 use super::table::Table;
 use super::text::{human_size, printable, short};
 use crate::layer;
-use crate::store::{Amount, Analytics, Bucket, Dedup, Error, Held, Holders, Reader, TopBlob};
+use crate::store::{Amount, Analytics, Bucket, Dedup, Error, Held, HeldTree, Holders, Reader, TopBlob};
 
 /// Show what storing every content once saves. Reads every manifest.
 #[derive(Args)]
@@ -52,8 +52,10 @@ impl Holders for OfLayers<'_> {
     fn held(&self) -> Result<Held, Error> {
         let (layers, unreadable) = layer::list(self.0)?;
         Ok(Held {
-            layers: layers.iter().map(|layer| layer.tree).collect(),
-            trees: Vec::new(),
+            trees: layers
+                .iter()
+                .map(|layer| HeldTree::by_layer(layer.tree, &layer.owner))
+                .collect(),
             unreadable,
         })
     }

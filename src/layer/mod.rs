@@ -61,7 +61,7 @@ pub use road::{Found, Road};
 pub use upper::Upper;
 pub use verify::{BadImage, ImageVerification};
 
-use crate::store::{Held, Hold, Holders, Problem, Store, TreeDigest};
+use crate::store::{Held, HeldTree, Hold, Holders, Problem, Store, TreeDigest};
 
 /// Mountinfo's source of every mount that shows a tree: this, and the tree's digest.
 pub const SOURCE_PREFIX: &str = "larder:";
@@ -330,19 +330,17 @@ impl Holders for Layers {
     /// The trees of all layers, and those that mounts of this namespace show.
     fn held(&self) -> Result<Held, crate::store::Error> {
         let (records, unreadable) = self.list()?;
-        let layers = records.iter().map(|record| record.tree).collect();
-        let mut trees = Vec::new();
+        let layers = records
+            .iter()
+            .map(|record| HeldTree::by_layer(record.tree, &record.owner));
+        let mut trees: Vec<HeldTree> = layers.collect();
         let mounts = life::read_mounts()?;
         let ours = mounts.iter().filter(|mount| !is_elsewhere(mount, &self.0.root));
-        trees.extend(ours.filter_map(mounted_tree));
-        trees.extend(self.0.mounted_images(&mounts));
-        trees.sort();
-        trees.dedup();
-        Ok(Held {
-            layers,
-            trees,
-            unreadable,
-        })
+        let shown = |mount: &mountinfo::Mount| Some(HeldTree::by_mount(mounted_tree(mount)?, &mount.point));
+        trees.extend(ours.filter_map(shown));
+        let images = self.0.mounted_images(&mounts).into_iter();
+        trees.extend(images.map(|(tree, point)| HeldTree::by_mount(tree, point)));
+        Ok(Held { trees, unreadable })
     }
 }
 

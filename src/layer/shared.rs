@@ -187,11 +187,11 @@ impl Inner {
     }
 
     /// Trees whose images are mounted.
-    pub(super) fn mounted_images(&self, mounts: &[super::mountinfo::Mount]) -> Vec<TreeDigest> {
+    pub(super) fn mounted_images<'a>(&self, mounts: &'a [super::mountinfo::Mount]) -> Vec<(TreeDigest, &'a Path)> {
         let folder = self.root.join("mnt").join(IMAGES);
         let points = mounts.iter().filter(|mount| mount.point.parent() == Some(&folder));
         points
-            .filter_map(|mount| tree_of(mount.point.file_name()?.to_str()?))
+            .filter_map(|mount| Some((tree_of(mount.point.file_name()?.to_str()?)?, &*mount.point)))
             .collect()
     }
 }

@@ -59,7 +59,7 @@ use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
 pub use files::{is_settled, read_bounded};
-pub use gc::{Collecting, Decision, DroppedHistory, Gone, Held, Holders, Kind, Removals, Report, Unfinished};
+pub use gc::{Collecting, Decision, DroppedHistory, Gone, Held, HeldTree, Holders, Kind, Removals, Report, Unfinished};
 pub use layout::object_name;
 #[cfg(any(test, fuzzing))]
 pub use layout::parse_config_id as parse_config;

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::disk::{self, Step};
 use super::files::lock;
 use super::gc::{Mark, stored_manifests};
-use super::{Digest, Error, Holders, Problem, Store, TreeDigest, manifests};
+use super::{Digest, Error, HeldTree, Holders, Problem, Store, TreeDigest, manifests};
 
 /// What became of a content that was to be removed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -95,8 +95,8 @@ impl Store {
                 by.entry(old.revision.digest).or_default().push(name);
             }
         }
-        for tree in held.trees {
-            by.entry(tree).or_default().push("a layer or mount".to_owned());
+        for (tree, names) in HeldTree::names(held.trees) {
+            by.entry(tree).or_default().extend(names);
         }
         Ok(by)
     }

@@ -1,12 +1,15 @@
 //! What the store's tests share.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proptest::prelude::*;
 
 use super::retention::Policy;
 use super::tree::{DirId, Leaf, LeafId, LeafKind, Meta, Tree};
-use super::{Build, Digest, Error, Held, Holders, Options, Publish, RefName, Report, Revision, Store, TreeDigest};
+use super::{
+    Build, Digest, Error, Held, HeldTree, Holders, Options, Publish, RefName, Report, Revision, Store, TreeDigest,
+};
 
 pub fn store() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
@@ -71,8 +74,11 @@ pub struct Trees(pub Vec<TreeDigest>);
 impl Holders for Trees {
     fn held(&self) -> Result<Held, Error> {
         Ok(Held {
-            layers: Vec::new(),
-            trees: self.0.clone(),
+            trees: self
+                .0
+                .iter()
+                .map(|tree| HeldTree::by_mount(*tree, Path::new("/mnt")))
+                .collect(),
             unreadable: Vec::new(),
         })
     }

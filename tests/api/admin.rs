@@ -91,7 +91,9 @@ async fn neither_gc_nor_rm_takes_what_a_layer_shows() {
     assert_eq!(kept.status.code(), Some(4));
     let kept: Value = serde_json::from_slice(&kept.stdout).unwrap();
     let by = kept["blobs"][0]["neededBy"][0].as_str().unwrap();
-    assert!(by.contains(&tree) && by.contains("a layer or mount"), "{by}");
+    let layer = format!("the layer {}/work", site.namespace);
+    assert!(by.contains(&tree) && by.contains(&layer), "{by}");
+    assert_eq!(report["overLimit"]["largest"][0]["neededBy"][0], layer, "{report}");
 
     site.delete_layer("work").await;
     eventually(PATIENCE, "the layer is released", async || {

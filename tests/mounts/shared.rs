@@ -151,7 +151,7 @@ fn what_layers_share_stays_while_anybody_shows_it_and_goes_when_nobody_does() {
     site.layers.release(&spec.id, false).unwrap();
     // Kept for the next layer, for which the tree counts as in use.
     assert_eq!(site.dir.mounts().len(), shared);
-    assert!(site.layers.held().unwrap().trees.contains(&site.tree));
+    assert!(site.is_mounted(&site.tree));
     let hour = Duration::from_secs(3600);
     assert_eq!(site.layers.unmount_unused(hour).unwrap(), 0);
     // After a restart, and while another namespace has a mount of it.
@@ -160,7 +160,7 @@ fn what_layers_share_stays_while_anybody_shows_it_and_goes_when_nobody_does() {
     assert_eq!(site.layers.unmount_unused(Duration::ZERO).unwrap(), 0);
     drop(holder);
     assert_eq!(site.layers.unmount_unused(Duration::ZERO).unwrap(), shared);
-    assert!(!site.layers.held().unwrap().trees.contains(&site.tree));
+    assert!(!site.is_mounted(&site.tree));
     site.nothing_is_left();
 }
 

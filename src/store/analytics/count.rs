@@ -7,7 +7,7 @@ use super::{Amount, Analytics, BUCKETS, Bucket, Damage, Dedup, FileOf, ManifestU
 use crate::store::index::Index;
 use crate::store::layout::{Folder, manifest_path};
 use crate::store::stored::{self, Class, Stored};
-use crate::store::{Digest, Error, Held, Holders, Problem, TreeDigest, error, gc, manifests};
+use crate::store::{Digest, Error, Held, HeldTree, Holders, Problem, TreeDigest, error, gc, manifests};
 
 /// Files that are named of a content.
 const SAMPLES: u64 = 3;
@@ -75,12 +75,8 @@ pub(super) fn settled<T>(
 
 impl<'a> Count<'a> {
     fn of(store: &'a Folder, holders: &dyn Holders) -> Result<Self, Error> {
-        let Held {
-            layers,
-            trees,
-            unreadable,
-        } = holders.held()?;
-        let mut held: HashSet<TreeDigest> = layers.into_iter().chain(trees).collect();
+        let Held { trees, unreadable } = holders.held()?;
+        let mut held = HeldTree::names(trees);
         let all = stored::all(store)?;
         let unused = |name| RefUse {
             name,
@@ -98,22 +94,22 @@ impl<'a> Count<'a> {
             problems: unreadable.map(|problem| (Need::Live, problem)).collect(),
         };
         for one in all.trees {
-            let need = match (one.class, held.remove(&one.tree)) {
-                (Class::Current, _) | (_, true) => Need::Live,
-                (Class::History, false) => Need::Past,
-                (Class::Unnamed, false) => Need::Nobody,
+            let holders = held.remove(&one.tree).unwrap_or_default();
+            let need = match one.class {
+                Class::Current => Need::Live,
+                _ if !holders.is_empty() => Need::Live,
+                Class::History => Need::Past,
+                Class::Unnamed => Need::Nobody,
             };
             match manifests::files(store, &one.tree) {
-                Ok(found) => count.add(one, need, found),
+                Ok(found) => count.add(one, holders, need, found),
                 // It has gone since it was listed.
                 Err(Error::MissingManifest { .. }) if need == Need::Nobody => {}
-                Err(error) => count.problem(&one, need, error.to_string()),
+                Err(error) => count.problem(&one, holders, need, error.to_string()),
             }
         }
         // What a ref names was among them, stored or not; these are of layers and mounts alone.
-        let mut lost: Vec<TreeDigest> = held.into_iter().collect();
-        lost.sort_unstable();
-        for tree in lost {
+        for (tree, holders) in held {
             let message = Error::MissingManifest { tree }.to_string();
             let one = Stored {
                 class: Class::Unnamed,
@@ -121,17 +117,14 @@ impl<'a> Count<'a> {
                 history_of: Vec::new(),
                 tree,
             };
-            count.problem(&one, Need::Live, message);
+            count.problem(&one, holders, Need::Live, message);
         }
         Ok(count)
     }
 
-    fn problem(&mut self, of: &Stored, need: Need, message: String) {
+    fn problem(&mut self, of: &Stored, holders: Vec<String>, need: Need, message: String) {
         let history = of.history_of.iter().map(|name| format!("the history of {name}"));
-        let mut by: Vec<String> = of.current_of.iter().cloned().chain(history).collect();
-        if by.is_empty() && need == Need::Live {
-            by.push("a layer or mount".to_owned());
-        }
+        let by: Vec<String> = of.current_of.iter().cloned().chain(holders).chain(history).collect();
         let problem = Problem {
             path: self.store.path(manifest_path(&of.tree)).display().to_string(),
             message: error::needed_by(&message, &by),
@@ -139,7 +132,7 @@ impl<'a> Count<'a> {
         self.problems.push((need, problem));
     }
 
-    fn add(&mut self, one: Stored, need: Need, found: manifests::Files) {
+    fn add(&mut self, one: Stored, holders: Vec<String>, need: Need, found: manifests::Files) {
         let number = self.manifests.len() as u32;
         let only_ref = self.only_ref(&one);
         let mut used = ManifestUse {
@@ -192,7 +185,7 @@ impl<'a> Count<'a> {
         self.manifests.push(used);
         if let Some((content, size, before)) = conflict {
             let message = format!("it gives {content} {size} bytes, and another place {before}: one of them is wrong");
-            self.problem(&one, need, message);
+            self.problem(&one, holders, need, message);
         }
     }
 

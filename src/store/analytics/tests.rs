@@ -455,7 +455,7 @@ fn a_tree_that_the_next_collection_takes_spoils_no_figure_and_a_held_one_counts(
     let problems = store.look_through(&held, 1).unwrap().1.problems;
     assert_eq!(problems.len(), 1);
     assert!(
-        problems[0].message.ends_with("needed by a layer or mount"),
+        problems[0].message.ends_with("needed by the mount at /mnt"),
         "{problems:?}"
     );
     std::fs::remove_file(&path).unwrap();

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use rustix::io::Errno;
 
-use super::{Collecting, Holders};
+use super::{Collecting, HeldTree, Holders};
 use crate::store::files;
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
@@ -56,21 +56,21 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Re
             let named = named.entry(old.revision.digest).or_default();
             named.retired_at = named.retired_at.max(Some(old.retired_at));
             named.history.push(entry.name.clone());
-            named.by.push(format!("the history of {}", entry.name));
         }
     }
-    let mut in_use: HashSet<TreeDigest> = HashSet::new();
-    for (trees, live, by) in [
-        (held.layers, Live::Layer, "a layer"),
-        (held.trees, Live::InUse, "a mount"),
-    ] {
-        let trees: HashSet<TreeDigest> = trees.into_iter().collect();
-        for tree in &trees {
-            let named = named.entry(*tree).or_default();
-            named.live.get_or_insert(live);
-            named.by.push(by.to_owned());
-        }
-        in_use.extend(trees);
+    for held in &held.trees {
+        let live = if held.is_layer() { Live::Layer } else { Live::InUse };
+        let named = &mut named.entry(held.tree).or_default().live;
+        *named = Some(named.map_or(live, |known| known.min(live)));
+    }
+    let mut in_use: HashSet<TreeDigest> = held.trees.iter().map(|held| held.tree).collect();
+    for (tree, names) in HeldTree::names(held.trees) {
+        named.entry(tree).or_default().by.extend(names);
+    }
+    // Who needs it now comes first: the first one is named as what takes the room.
+    for named in named.values_mut() {
+        let history = named.history.iter().map(|name| format!("the history of {name}"));
+        named.by.extend(history);
     }
     for tree in &holds {
         let named = named.entry(*tree).or_default();

@@ -20,6 +20,7 @@ mod run;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::num::NonZeroU64;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::SystemTime;
 
@@ -44,12 +45,66 @@ pub trait Holders {
 /// See [`Holders`].
 #[derive(Debug, Clone, Default)]
 pub struct Held {
-    /// Of layers.
-    pub layers: Vec<TreeDigest>,
-    /// Of all else.
-    pub trees: Vec<TreeDigest>,
+    pub trees: Vec<HeldTree>,
     /// What could not be read, and may name any tree. Anything here stops all deletion.
     pub unreadable: Vec<Problem>,
+}
+
+/// A tree, and who holds it.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HeldTree {
+    pub tree: TreeDigest,
+    by: HeldBy,
+}
+
+/// What holds a tree; with its name, for messages.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+enum HeldBy {
+    Layer(String),
+    Mount(String),
+}
+
+/// Holders of a kind that are named, at most: thousands of layers may share a tree.
+const NAMED: usize = 3;
+
+impl HeldTree {
+    /// A tree of a layer.
+    pub fn by_layer(tree: TreeDigest, name: impl fmt::Display) -> Self {
+        let by = HeldBy::Layer(format!("the layer {name}"));
+        Self { tree, by }
+    }
+
+    /// A tree that is mounted somewhere.
+    pub fn by_mount(tree: TreeDigest, point: &Path) -> Self {
+        let by = HeldBy::Mount(format!("the mount at {}", point.display()));
+        Self { tree, by }
+    }
+
+    /// Who holds it, in words.
+    pub fn by(&self) -> &str {
+        match &self.by {
+            HeldBy::Layer(by) | HeldBy::Mount(by) => by,
+        }
+    }
+
+    pub(super) fn is_layer(&self) -> bool {
+        matches!(self.by, HeldBy::Layer(_))
+    }
+
+    /// The holders of each tree in words, a few of each kind; layers first.
+    pub(super) fn names(mut held: Vec<HeldTree>) -> BTreeMap<TreeDigest, Vec<String>> {
+        held.sort();
+        held.dedup();
+        let mut names: BTreeMap<TreeDigest, Vec<String>> = BTreeMap::new();
+        for same in held.chunk_by(|one, other| one.tree == other.tree && one.is_layer() == other.is_layer()) {
+            let names = names.entry(same[0].tree).or_default();
+            names.extend(same.iter().take(NAMED).map(|held| held.by().to_owned()));
+            let more = same.len().saturating_sub(NAMED);
+            let kind = if same[0].is_layer() { "layers" } else { "mounts" };
+            names.extend((more > 0).then(|| format!("{more} more {kind}")));
+        }
+        names
+    }
 }
 
 /// What is known beforehand, such as that nothing is held.

@@ -331,12 +331,42 @@ fn a_cut_manifest_stops_all_deletion_until_its_tree_is_rebuilt() {
 }
 
 #[test]
+fn who_needs_a_tree_now_is_named_before_its_history() {
+    let (_dir, store) = store();
+    let tree = publish(&store, "a", &[("f", b"x")]).digest;
+    store.retire(&name("a"), "uid-1", SystemTime::now()).unwrap();
+    let layers = (0..5).map(|n| HeldTree::by_layer(tree, format!("default/work-{n}")));
+    let mount = HeldTree::by_mount(tree, std::path::Path::new("/srv/x"));
+    let held = Held {
+        // In no order, and one twice.
+        trees: [mount.clone(), mount].into_iter().chain(layers.rev()).collect(),
+        unreadable: vec![],
+    };
+    let policy = Policy {
+        max_size: Some(1),
+        ..nothing_kept()
+    };
+    let report = store.collect(&policy, &held, false, SystemTime::now()).unwrap();
+    let over = report.over_limit.unwrap();
+    assert_eq!(over.largest.len(), 1);
+    let named = [
+        "the layer default/work-0",
+        "the layer default/work-1",
+        "the layer default/work-2",
+        "2 more layers",
+        "the mount at /srv/x",
+        "the history of test/a",
+    ];
+    assert_eq!(over.largest[0].needed_by, named);
+    assert!(over.causes.layers > 0 && over.causes.in_use == 0, "{:?}", over.causes);
+}
+
+#[test]
 fn a_holder_that_cannot_be_read_stops_all_deletion() {
     struct Broken;
     impl Holders for Broken {
         fn held(&self) -> Result<Held, Error> {
             Ok(Held {
-                layers: Vec::new(),
                 trees: vec![],
                 unreadable: vec![Problem {
                     path: "layers/x/layer.json".to_owned(),
@@ -357,7 +387,7 @@ fn a_holder_that_cannot_be_read_stops_all_deletion() {
     let report = store.collect(&nothing_kept(), &gone, false, SystemTime::now()).unwrap();
     assert_eq!((report.deleted_blobs, report.blocked.len()), (0, 1));
     assert!(
-        report.blocked[0].message.contains("needed by a mount"),
+        report.blocked[0].message.contains("needed by the mount at /mnt"),
         "{}",
         report.blocked[0].message
     );

@@ -32,8 +32,13 @@ impl Holders for Place {
     fn held(&self) -> Result<Held, Error> {
         turns::point();
         Ok(Held {
-            layers: Vec::new(),
-            trees: self.layers.lock().unwrap().clone(),
+            trees: self
+                .layers
+                .lock()
+                .unwrap()
+                .iter()
+                .map(|tree| HeldTree::by_layer(*tree, "layer"))
+                .collect(),
             unreadable: Vec::new(),
         })
     }

@@ -134,7 +134,6 @@ impl Holders for Unreadable {
             message: "odd".to_owned(),
         };
         Ok(Held {
-            layers: Vec::new(),
             trees: Vec::new(),
             unreadable: vec![problem],
         })
