@@ -281,7 +281,7 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
                 scanned_blobs: int64(report.scanned_blobs),
                 deleted_blobs: int64(report.deleted_blobs),
                 freed_bytes: int64(report.freed_bytes),
-                freed: human_size(report.freed_bytes),
+                freed: RunSummary::freed_text(report.freed_bytes, report.dry_run),
                 dropped_revisions: int64(report.dropped_history.len() as u64),
                 dry_run: report.dry_run,
             });

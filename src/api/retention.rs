@@ -34,7 +34,7 @@ use super::{Duration, DurationOrZero, InvalidDuration, InvalidSchedule, InvalidS
     ),
     printcolumn(name = "Governs", type_ = "integer", json_path = ".status.nodes.governed"),
     printcolumn(name = "Over", type_ = "integer", json_path = ".status.nodes.overLimit"),
-    printcolumn(name = "Dry-Run", type_ = "boolean", json_path = ".spec.dryRun", priority = 1),
+    printcolumn(name = "Dry-Run", type_ = "boolean", json_path = ".spec.dryRun"),
     printcolumn(name = "Last-Run", type_ = "date", json_path = ".status.lastRun.time"),
     printcolumn(name = "Deleted", type_ = "integer", json_path = ".status.lastRun.deletedBlobs"),
     printcolumn(name = "Freed", type_ = "string", json_path = ".status.lastRun.freed"),
@@ -288,11 +288,19 @@ pub struct RunSummary {
     pub scanned_blobs: i64,
     pub deleted_blobs: i64,
     pub freed_bytes: i64,
-    /// `freedBytes` for people.
+    /// `freedBytes` for people; of a dry run it says that it is of one.
     pub freed: String,
     /// Revisions of history that were dropped.
     pub dropped_revisions: i64,
     pub dry_run: bool,
+}
+
+impl RunSummary {
+    /// What `freed` says.
+    pub fn freed_text(bytes: u64, dry_run: bool) -> String {
+        let size = super::human_size(bytes);
+        if dry_run { format!("{size} (dry run)") } else { size }
+    }
 }
 
 #[cfg(test)]

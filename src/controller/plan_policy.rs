@@ -5,9 +5,7 @@ use jiff::Timestamp;
 use super::index::{Index, StoreFacts};
 use super::plan_node::governing;
 use crate::api::conditions::{OVER_LIMIT, SHADOWED, Verdict, Wanted, merge, reasons};
-use crate::api::{
-    PolicyNodeCounts, PolicyRules, RetentionPolicyStatus, RetentionState, RunSummary, human_size, selects,
-};
+use crate::api::{PolicyNodeCounts, PolicyRules, RetentionPolicyStatus, RetentionState, RunSummary, selects};
 
 /// The status as it should be. `None` when the policy is gone.
 pub fn plan(index: &Index, name: &str, now: Timestamp) -> Option<RetentionPolicyStatus> {
@@ -202,17 +200,20 @@ fn extras(shadows: &[&str], states: &[(&str, RetentionState)]) -> Vec<Wanted> {
     extras
 }
 
-fn sum<'a>(runs: impl Iterator<Item = &'a RunSummary>) -> Option<RunSummary> {
-    runs.cloned().reduce(|a, b| {
+/// The runs of all nodes together. After an edit of `dryRun` nodes follow one by one: those count that made a run of the
+/// latest one's kind, since what went and what would go make no sum.
+fn sum<'a>(runs: impl Iterator<Item = &'a RunSummary> + Clone) -> Option<RunSummary> {
+    let dry_run = runs.clone().max_by_key(|run| run.time.0)?.dry_run;
+    runs.filter(|run| run.dry_run == dry_run).cloned().reduce(|a, b| {
         let freed_bytes = a.freed_bytes.saturating_add(b.freed_bytes);
         RunSummary {
             time: if a.time.0 >= b.time.0 { a.time } else { b.time },
             scanned_blobs: a.scanned_blobs.saturating_add(b.scanned_blobs),
             deleted_blobs: a.deleted_blobs.saturating_add(b.deleted_blobs),
             freed_bytes,
-            freed: human_size(freed_bytes.unsigned_abs()),
+            freed: RunSummary::freed_text(freed_bytes.unsigned_abs(), dry_run),
             dropped_revisions: a.dropped_revisions.saturating_add(b.dropped_revisions),
-            dry_run: a.dry_run && b.dry_run,
+            dry_run,
         }
     })
 }
@@ -265,15 +266,24 @@ mod tests {
         answer(&mut index, "n2", json!({"lastRun": run(200, 24)}));
         let status = plan(&index, "p", Timestamp::UNIX_EPOCH).unwrap();
         assert_eq!(reason(&status), ("True", "Governing"));
-        let run = status.last_run.unwrap();
+        let last = status.last_run.unwrap();
         assert_eq!(
             (
-                run.time.0.as_second(),
-                run.deleted_blobs,
-                run.freed_bytes,
-                run.freed.as_str()
+                last.time.0.as_second(),
+                last.deleted_blobs,
+                last.freed_bytes,
+                last.freed.as_str()
             ),
             (200, 4, 1024, "1Ki")
+        );
+        // An edit made it a dry run, which the other node has not made yet.
+        let mut dry = run(300, 2048);
+        (dry["dryRun"], dry["freed"]) = (json!(true), json!("2Ki (dry run)"));
+        answer(&mut index, "n1", json!({"lastRun": dry}));
+        let last = plan(&index, "p", Timestamp::UNIX_EPOCH).unwrap().last_run.unwrap();
+        assert_eq!(
+            (last.dry_run, last.deleted_blobs, last.freed.as_str()),
+            (true, 2, "2Ki (dry run)")
         );
         assert_eq!(
             status.nodes.unwrap(),

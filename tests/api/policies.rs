@@ -96,8 +96,12 @@ async fn one_policy_governs_a_node_whatever_becomes_of_the_others() {
     site.prints("retp", &low, &shadowed).await;
     site.prints("nstore", &site.node, &[("POLICY", &high)]).await;
     site.run_policy(&high).await;
-    site.prints("retp", &high, &[("DRY-RUN", "true"), ("DELETED", "0")])
-        .await;
+    site.prints(
+        "retp",
+        &high,
+        &[("DRY-RUN", "true"), ("DELETED", "0"), ("FREED", "0 (dry run)")],
+    )
+    .await;
     assert_eq!(site.runs(), 2);
 
     // Edited: first below the other, then above it and suspended, which keeps the node from all runs.

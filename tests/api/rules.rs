@@ -418,7 +418,7 @@ async fn kubectl_shows_each_kind_by_its_short_name_in_columns() {
         (
             "RetentionPolicy",
             "retp",
-            "NAME READY REASON GOVERNS OVER LAST-RUN DELETED FREED NEXT-RUN AGE",
+            "NAME READY REASON GOVERNS OVER DRY-RUN LAST-RUN DELETED FREED NEXT-RUN AGE",
             "NAME READY REASON GOVERNS OVER DRY-RUN LAST-RUN DELETED FREED NEXT-RUN AGE MESSAGE",
         ),
         (
