@@ -33,6 +33,14 @@ impl Pace {
         }
     }
 
+    /// How many to do between two waits, of at most `limit`: no more than a tenth of a second's worth, but one.
+    pub fn batch(&self, limit: usize) -> usize {
+        match self.rate {
+            Some(rate) => usize::try_from(rate.get() / 10).unwrap_or(limit).clamp(1, limit),
+            None => limit,
+        }
+    }
+
     /// Waits for as long as so many bytes, or others, should have taken, less what they did take. `false` if cancelled.
     pub fn wait(&mut self, count: u64, cancel: &AtomicBool) -> bool {
         if let Some(rate) = self.rate {

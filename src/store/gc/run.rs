@@ -98,6 +98,10 @@ impl Run<'_> {
             if !dry_run {
                 quarantine::discard(self.store, &one)?;
             }
+            // Its wait ends early if cancelled, and then the next one is not begun.
+            if !dry_run {
+                self.pace.wait(1, self.cancel);
+            }
             let number = self.quarantined.len();
             self.count(Kind::Quarantined, Reason::QuarantineAge, number, one.size, &one.name);
             self.quarantined.push(one);
@@ -149,6 +153,7 @@ impl Run<'_> {
             }
             if images::remove(store, &image.name, &image.tree)? {
                 self.count(Kind::Image, *reason, *index, image.size, &image.name);
+                self.pace.wait(1, self.cancel);
             }
         }
 
@@ -248,7 +253,10 @@ impl Run<'_> {
             // A publish that makes it current again holds it before it looks whether it is there.
             let remove = || files::remove_file(Step::ManifestRemove, &store.dir, path.as_str());
             match store.leases.unless_held(&tree, remove) {
-                Some(Ok(())) => self.count(Kind::Manifest, reason, number, size, tree),
+                Some(Ok(())) => {
+                    self.count(Kind::Manifest, reason, number, size, tree);
+                    self.pace.wait(1, self.cancel);
+                }
                 Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
                 None => {}
             }
@@ -330,7 +338,7 @@ impl Run<'_> {
         let (store, facts) = (self.store, &self.marked.facts);
         let begin = Instant::now();
         let mut done = 0;
-        for (index, reason) in blobs.iter().take(BATCH) {
+        for (index, reason) in blobs.iter().take(self.pace.batch(BATCH)) {
             let blob = &facts.blobs[*index];
             if let Some(leaving) = store.leave(&blob.digest)
                 && leaving.remove(blob.size)?
