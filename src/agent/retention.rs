@@ -334,7 +334,7 @@ pub fn summary(report: &Report, trigger: Trigger, record: Option<&RunId>) -> Str
 
 /// Bytes per cause, the largest first.
 fn over_limit(over: &retention::OverLimit) -> String {
-    let causes = over.causes.largest_first().into_iter();
+    let causes = over.largest_first().into_iter();
     let causes: Vec<String> = causes
         .map(|(cause, bytes)| format!("{cause} {}", human_size(bytes)))
         .collect();

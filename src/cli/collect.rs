@@ -213,7 +213,7 @@ pub fn print(report: &Report, io: &mut Io) -> Result<(), Failure> {
 }
 
 fn over_limit(over: &OverLimit) -> String {
-    let causes = over.causes.largest_first().into_iter();
+    let causes = over.largest_first().into_iter();
     let causes: Vec<String> = causes
         .map(|(cause, bytes)| format!("{cause} {}", human_size(bytes)))
         .collect();

@@ -163,6 +163,13 @@ pub(super) fn available(fd: impl AsFd) -> Result<u64, Errno> {
     Ok(left(fd)?.0)
 }
 
+/// Bytes of the whole file system, without those that it reserves for root.
+pub(super) fn total(fd: impl AsFd) -> Result<u64, Errno> {
+    let stat = rustix::fs::fstatvfs(fd)?;
+    let reserved = stat.f_bfree.saturating_sub(stat.f_bavail);
+    Ok(stat.f_blocks.saturating_sub(reserved).saturating_mul(stat.f_frsize))
+}
+
 /// Bytes as in [`available`], and inodes. A file system that has no number of these says so by having none in all, and
 /// is taken for one that has many left.
 pub(super) fn left(fd: impl AsFd) -> Result<(u64, u64), Errno> {

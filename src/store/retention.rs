@@ -111,6 +111,8 @@ pub struct Facts {
     pub orphans: u64,
     /// Bytes free on the file system.
     pub free: u64,
+    /// Bytes of the whole file system, but for what it reserves.
+    pub total: u64,
 }
 
 /// Why something goes.
@@ -199,9 +201,24 @@ pub struct OverLimit {
     /// Bytes free after the plan.
     pub free: u64,
     pub min_free: Option<u64>,
+    /// Bytes on the file system that are not the store's, about.
+    #[serde(default)]
+    pub others: u64,
     pub causes: Causes,
     /// The trees that are needed and hold most that no other stored tree does, the largest first; at most five.
     pub largest: Vec<Holder>,
+}
+
+impl OverLimit {
+    /// What takes room and how many bytes, the largest first; what is not the store's only if it is the disk that is full.
+    pub fn largest_first(&self) -> Vec<(&'static str, u64)> {
+        let mut takers = self.causes.largest_first();
+        if self.min_free.is_some_and(|least| self.free < least) && self.others > 0 {
+            takers.push(("other files on the disk", self.others));
+            takers.sort_by_key(|(_, bytes)| Reverse(*bytes));
+        }
+        takers
+    }
 }
 
 /// A tree that takes room.
@@ -500,6 +517,7 @@ impl<'a> Planner<'a> {
             max_size: self.policy.max_size,
             free: self.free,
             min_free: self.policy.min_free,
+            others: self.facts.total.saturating_sub(self.free.saturating_add(self.size)),
             causes: self.causes(),
             largest: self.largest(),
         });

@@ -1,6 +1,6 @@
 //! Retention by itself: for want of room, and what is told of it.
 
-use kube::api::DeleteParams;
+use kube::api::{DeleteParams, Patch, PatchParams};
 use larder::api::conditions::{OVER_LIMIT, find};
 use serde_json::json;
 
@@ -77,6 +77,18 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
         "ten contents and a manifest: {run}"
     );
     assert!(note.contains(run["id"].as_str().unwrap()), "{note}");
+    // Enough room by the policy, without a run.
+    let patch = Patch::Merge(json!({"spec": {"maxSize": "1Gi"}}));
+    policies.patch(&name, &PatchParams::default(), &patch).await.unwrap();
+    eventually(PATIENCE, "it is over its limit no more", async || {
+        let status = site.node_store().await.status.unwrap_or_default();
+        match find(&status.conditions, OVER_LIMIT) {
+            Some(over) => Err(format!("{over:?}")),
+            None => Ok(()),
+        }
+    })
+    .await;
+    assert_eq!(site.store_json(&["runs", "last"])["id"], run["id"]);
     site.check_store();
     policies.delete(&name, &DeleteParams::default()).await.unwrap();
 }

@@ -212,6 +212,11 @@ fn the_recipe_for_an_edge_node_keeps_what_is_in_use_and_little_else() {
     }
     fs::write(place.store().join("mnt/ballast"), vec![1; 62 << 20]).unwrap();
     let plan = place.json(&["plan", "--policy", &policy]);
-    assert!(plan["overLimit"]["minFree"].as_u64() > Some(6 << 20), "{plan}");
+    let over = &plan["overLimit"];
+    assert!(over["minFree"].as_u64() > Some(6 << 20), "{plan}");
+    let others = over["others"].as_u64().unwrap() >> 20;
+    assert!((61..64).contains(&others), "{plan}");
+    let said = String::from_utf8(place.run(&["plan", "--policy", &policy]).done().out).unwrap();
+    assert!(said.contains("other files on the disk 6"), "{said}");
     assert_eq!(plan["overLimit"]["largest"][0]["neededBy"], json!(["local/t"]));
 }

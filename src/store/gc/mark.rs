@@ -79,9 +79,10 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Re
     }
     in_use.extend(holds);
 
-    let free = files::available(&store.dir).map_err(|e| Error::io("ask for the free space of", &store.root, e))?;
+    let asked = |e| Error::io("ask for the free space of", &store.root, e);
     let mut facts = Facts {
-        free,
+        free: files::available(&store.dir).map_err(asked)?,
+        total: files::total(&store.dir).map_err(asked)?,
         ..Facts::default()
     };
     let mut index = Index::new();

@@ -350,6 +350,7 @@ fn any_facts() -> impl Strategy<Value = Facts> {
         0u64..500,
     )
         .prop_map(|(blobs, manifests, images, free)| Facts {
+            total: 0,
             blobs: (0u8..)
                 .zip(blobs)
                 .map(|(number, (size, days, present, leased))| BlobFact {
