@@ -1,6 +1,7 @@
-//! Ninety days of a store, told by a seed: trees come, change and go, mounts too, policies change, the clock jumps, the
-//! process ends and begins anew. After each collection a checker that knows nothing of the planner looks whether all that
-//! is needed is there, and the policy's limits are kept.
+//! Ninety days of a store, told by a seed: trees come, change and go, mounts and layers too, policies change, the clock
+//! jumps, the process ends and begins anew, also in the middle of a collection, and builds go on beside one. After each
+//! step a checker that knows nothing of the planner looks whether all that is needed is there, and after each collection
+//! whether the policy's limits are kept.
 //!
 //! Time is the test's: the store is told it, and what it has noted by the system's clock, the times of files, is set to
 //! it after each step. 2,000 steps, with `LARDER_SOAK` 50,000; `LARDER_SEED` repeats one.
@@ -36,7 +37,8 @@ fn content(number: u64) -> Vec<u8> {
         .collect()
 }
 
-fn policies() -> Vec<(&'static str, Policy)> {
+/// `total`: bytes of the file system.
+fn policies(total: u64) -> Vec<(&'static str, Policy)> {
     let days = |days: u64| Some(Duration::from_secs(days * DAY));
     let kib = |kib: u64| Some(kib << 10);
     let with = |max_age, max_size, min_copies| Policy {
@@ -52,6 +54,20 @@ fn policies() -> Vec<(&'static str, Policy)> {
         ("old and small", with(days(10), kib(250), 1)),
         ("twice or not at all", with(days(5), None, 2)),
         ("nothing", with(None, Some(0), 1)),
+        (
+            "a full disk",
+            Policy {
+                min_free: Some(total - (400 << 10)),
+                ..Policy::built_in()
+            },
+        ),
+        (
+            "small, with time to think",
+            Policy {
+                grace: Duration::from_secs(12 * 60 * 60),
+                ..with(days(3), kib(60), 1)
+            },
+        ),
         ("nothing kept", nothing_kept()),
     ]
 }
@@ -65,9 +81,10 @@ struct World {
     policy: (&'static str, Policy),
     /// What each ref should stand for, by the test's own account.
     current: BTreeMap<String, TreeDigest>,
-    mounted: Vec<TreeDigest>,
-    collections: u64,
-    deleted: u64,
+    /// What layers and mounts hold.
+    held: Vec<HeldTree>,
+    /// How often what was done.
+    counts: BTreeMap<&'static str, u64>,
 }
 
 impl World {
@@ -78,12 +95,21 @@ impl World {
             now: SystemTime::UNIX_EPOCH + Duration::from_secs(1_000_000_000),
             // Less what the file system's clock lags.
             real: SystemTime::now() - Duration::from_secs(5),
-            policy: policies().remove(0),
+            policy: policies(u64::MAX).remove(0),
             current: BTreeMap::new(),
-            mounted: Vec::new(),
-            collections: 0,
-            deleted: 0,
+            held: Vec::new(),
+            counts: BTreeMap::new(),
         }
+    }
+
+    fn count(&mut self, what: &'static str, by: u64) {
+        *self.counts.entry(what).or_default() += by;
+    }
+
+    /// Bytes of the file system: all, and what is free.
+    fn room(&self) -> (u64, u64) {
+        let stat = rustix::fs::statvfs(&self.root).unwrap();
+        (stat.f_blocks * stat.f_frsize, stat.f_bavail * stat.f_frsize)
     }
 
     /// Every file of contents and manifests.
@@ -152,23 +178,20 @@ impl World {
                     .map(|(tree, _)| tree)
                     .collect();
                 if let Some(tree) = known.choose(rng) {
-                    self.mounted.push(*tree);
+                    self.held.push(match rng.random_bool(0.5) {
+                        true => HeldTree::by_layer(*tree, "default/work"),
+                        false => HeldTree::by_mount(*tree, Path::new("/mnt")),
+                    });
                 }
             }
             63..71 => {
-                if !self.mounted.is_empty() {
-                    let number = rng.random_range(0..self.mounted.len());
-                    self.mounted.swap_remove(number);
+                if !self.held.is_empty() {
+                    let number = rng.random_range(0..self.held.len());
+                    self.held.swap_remove(number);
                 }
             }
-            71..75 => self.policy = policies().choose(rng).unwrap().clone(),
-            75..78 => {
-                // A process that ends and begins anew.
-                let root = self.root.clone();
-                let old = std::mem::replace(&mut self.store, scratch_store(&root.with_extension("other")));
-                drop(old);
-                self.store = Store::open(&root, Options::default()).unwrap();
-            }
+            71..75 => self.policy = policies(self.room().0).choose(rng).unwrap().clone(),
+            75..78 => self.restart(),
             78..80 => {
                 let jump = Duration::from_secs(rng.random_range(0..5 * DAY));
                 self.now = match rng.random_bool(0.5) {
@@ -179,10 +202,68 @@ impl World {
             _ => self.collect(rng),
         }
         self.settle();
+        self.check();
+    }
+
+    /// A process ends and begins anew. Nothing is done at its end, so it is as if it had been killed.
+    fn restart(&mut self) {
+        let root = self.root.clone();
+        let old = std::mem::replace(&mut self.store, scratch_store(&root.with_extension("other")));
+        drop(old);
+        self.store = Store::open(&root, Options::default()).unwrap();
+    }
+
+    fn holders(&self) -> Held {
+        Held {
+            trees: self.held.clone(),
+            unreadable: Vec::new(),
+        }
+    }
+
+    /// A collection that ends on its way, and the process with it.
+    fn break_off(&mut self, rng: &mut StdRng) {
+        let holders = self.holders();
+        let cancel = AtomicBool::new(false);
+        let how = |dry_run| Collecting {
+            dry_run,
+            now: self.now,
+            rate: None,
+            cancel: &cancel,
+        };
+        let planned = self.store.collect_with(&self.policy.1, &holders, &how(true)).unwrap().1;
+        let blobs: Vec<Gone> = planned.iter().filter(|gone| gone.kind == Kind::Blob).collect();
+        let Some(gone) = blobs.choose(rng) else {
+            return;
+        };
+        let path = blob_path(&self.store, &gone.name.parse().unwrap());
+        // What is in its place cannot be removed.
+        let hinder = || {
+            fs::remove_file(&path).unwrap();
+            fs::create_dir(&path).unwrap();
+        };
+        let ended = self.store.collect_and(&self.policy.1, &holders, &how(false), &hinder);
+        let done = ended.err().and_then(|unfinished| unfinished.done).expect("what it did");
+        fs::remove_dir(&path).unwrap();
+        assert!(!done.0.complete && done.1.len() < planned.len());
+        self.count("collections broken off", 1);
+        self.count("things removed by these", done.1.len() as u64);
+        self.restart();
     }
 
     fn collect(&mut self, rng: &mut StdRng) {
-        let holders = Trees(self.mounted.clone());
+        if rng.random_bool(0.1) {
+            self.break_off(rng);
+            self.settle();
+            self.check();
+        }
+        let holders = self.holders();
+        // A build goes on meanwhile, which needs what it has found.
+        let build = self.store.build().unwrap();
+        let mut leased: BTreeSet<Digest> = BTreeSet::new();
+        if rng.random_bool(0.3) {
+            let found = (0..CONTENTS).map(|number| digest_of(&content(number)));
+            leased.extend(found.filter(|digest| rng.random_bool(0.1) && build.find(digest).unwrap().is_some()));
+        }
         let run = |dry_run| {
             let how = Collecting {
                 dry_run,
@@ -208,7 +289,14 @@ impl World {
             "a dry run is what the run then does"
         );
         self.settle();
-        self.check();
+        self.check_bytes();
+        for digest in &leased {
+            assert!(
+                blob_path(&self.store, digest).exists(),
+                "{digest} is of a running build"
+            );
+        }
+        self.check_limits(&leased);
         if rng.random_bool(0.3) {
             let again = run(false).0;
             assert_eq!(
@@ -217,33 +305,50 @@ impl World {
                 "directly after a run nothing is left to do"
             );
         }
-        self.collections += 1;
-        self.deleted += report.deleted_blobs;
+        drop(build);
+        self.count("collections", 1);
+        self.count("contents deleted", report.deleted_blobs);
+        self.count("contents of builds", leased.len() as u64);
     }
 
-    /// A naive look at the files themselves.
+    /// A naive look at the files themselves: all that refs, layers and mounts name is there, history too.
     fn check(&self) {
-        // All that refs name is whole, history too.
-        check_all(&self.store);
         let refs = self.store.refs().unwrap().refs;
         let found: BTreeMap<String, TreeDigest> = refs
             .iter()
             .filter_map(|entry| Some((entry.name.name().to_owned(), entry.current.as_ref()?.digest)))
             .collect();
         assert_eq!(found, self.current);
-        let live: BTreeSet<TreeDigest> = self.current.values().chain(&self.mounted).copied().collect();
-        let mut needed: BTreeSet<Digest> = BTreeSet::new();
-        for tree in &live {
-            for (digest, size) in self.store.load(tree).unwrap().contents() {
-                let bytes = fs::read(blob_path(&self.store, digest)).unwrap();
-                assert_eq!((digest_of(&bytes), bytes.len() as u64), (*digest, size));
-                needed.insert(*digest);
+        let history = refs.iter().flat_map(|entry| &entry.history);
+        let mut trees = self.live();
+        trees.extend(history.map(|old| old.revision.digest));
+        for tree in trees {
+            for (digest, size) in self.store.load(&tree).unwrap().contents() {
+                let found = fs::metadata(blob_path(&self.store, digest)).map(|found| found.len());
+                assert_eq!(found.ok(), Some(size), "{digest} of {tree}");
             }
         }
-        self.check_limits(&refs, &live, &needed);
     }
 
-    fn check_limits(&self, refs: &[Ref], live: &BTreeSet<TreeDigest>, needed: &BTreeSet<Digest>) {
+    /// And it has the right bytes.
+    fn check_bytes(&self) {
+        self.check();
+        check_all(&self.store);
+    }
+
+    fn live(&self) -> BTreeSet<TreeDigest> {
+        let held = self.held.iter().map(|held| held.tree);
+        self.current.values().copied().chain(held).collect()
+    }
+
+    /// Whether what may go has gone, by the policy; not what a running build needs.
+    fn check_limits(&self, leased: &BTreeSet<Digest>) {
+        let refs = self.store.refs().unwrap().refs;
+        let live = self.live();
+        let mut named = leased.clone();
+        for tree in &live {
+            named.extend(self.store.load(tree).unwrap().contents().map(|(digest, _)| *digest));
+        }
         let policy = &self.policy.1;
         let age = |path: &Path| {
             let then = fs::metadata(path).unwrap().modified().unwrap();
@@ -251,9 +356,9 @@ impl World {
         };
         let files = self.files();
         let size: u64 = files.iter().map(|path| fs::metadata(path).unwrap().len()).sum();
-        let is_over = policy.max_size.is_some_and(|most| size > most);
-        let mut named = needed.clone();
-        for entry in refs {
+        let is_over = policy.max_size.is_some_and(|most| size > most)
+            || policy.min_free.is_some_and(|least| self.room().1 < least);
+        for entry in &refs {
             for old in &entry.history {
                 let tree = old.revision.digest;
                 named.extend(self.store.load(&tree).unwrap().contents().map(|(digest, _)| *digest));
@@ -330,7 +435,18 @@ fn ninety_days_lose_nothing_that_is_needed_and_keep_the_limits() {
         // On average the days are over with the steps.
         world.now += Duration::from_secs(rng.random_range(0..=2 * DAYS * DAY / steps));
     }
-    println!("{} collections deleted {} contents", world.collections, world.deleted);
+    println!("{:?}", world.counts);
     // What comes of age in ninety days is as much in many small steps as in few large ones.
-    assert!(world.collections > steps / 10 && world.deleted > 200);
+    for (what, least) in [
+        ("collections", steps / 10),
+        ("contents deleted", 200),
+        ("contents of builds", 200),
+        ("collections broken off", 5),
+        ("things removed by these", 5),
+    ] {
+        assert!(
+            world.counts.get(what).is_some_and(|count| *count >= least),
+            "hardly any {what}"
+        );
+    }
 }
