@@ -406,6 +406,68 @@ mod tests {
     }
 
     #[test]
+    fn a_restart_repeats_no_run() {
+        let mut policy = policy(json!({"schedule": "0 3 * * *"}));
+        policy.requested_at = Some("1".into());
+        let mut memory = Memory::default();
+        let now = at("2026-01-02T03:00:00Z");
+        adopt(&mut memory, Some(&policy), "n", now);
+        note(&mut memory, policy.requested_at.clone(), Ok(&report(true)), now);
+        let mut after: Memory = serde_json::from_str(&serde_json::to_string(&memory).unwrap()).unwrap();
+        assert_eq!(after, memory);
+        let later = at("2026-01-02T03:00:05Z");
+        adopt(&mut after, Some(&policy), "n", later);
+        assert_eq!(
+            due(&after, Some(&policy), "n", later),
+            Due::At(at("2026-01-03T03:00:00Z"))
+        );
+    }
+
+    /// However the clock was set, and whenever the agent looked: in the next day there is one run, at its time.
+    #[test]
+    fn a_day_of_a_right_clock_has_one_run_whatever_it_was_before() {
+        use rand::{Rng, SeedableRng};
+        let seed = rand::rng().random();
+        println!("seed {seed}");
+        let mut rng = rand::rngs::StdRng::seed_from_u64(seed);
+        let policy = policy(json!({"schedule": "0 3 * * *", "timeZone": "Europe/Berlin"}));
+        let hour = jiff::SignedDuration::from_hours(1);
+        let look = |memory: &mut Memory, now: Timestamp| {
+            adopt(memory, Some(&policy), "n", now);
+            let is_due = due(memory, Some(&policy), "n", now) == Due::Now(Trigger::Schedule);
+            if is_due {
+                note(memory, None, Ok(&report(true)), now);
+            }
+            is_due
+        };
+        for _ in 0..300 {
+            let mut memory = Memory::default();
+            let mut now = at("2026-03-01T12:00:00Z");
+            for _ in 0..rng.random_range(0..20) {
+                now += match rng.random_range(0..4) {
+                    0 => hour * rng.random_range(-2000..2000),
+                    _ => hour * rng.random_range(0..60),
+                };
+                look(&mut memory, now);
+            }
+            // At noon in Berlin, whatever was missed has been made up for.
+            now = at("2026-10-23T10:00:00Z");
+            look(&mut memory, now);
+            // Two nights, of which the second has an hour more.
+            for night in ["2026-10-24T01:00:00Z", "2026-10-25T02:00:00Z"] {
+                let mut runs = Vec::new();
+                for _ in 0..24 {
+                    now += hour;
+                    if look(&mut memory, now) {
+                        runs.push(now);
+                    }
+                }
+                assert_eq!(runs, [at(night)], "{memory:?}");
+            }
+        }
+    }
+
+    #[test]
     fn a_request_is_due_once() {
         let mut policy = policy(json!({}));
         let mut memory = Memory::default();

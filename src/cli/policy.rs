@@ -43,26 +43,49 @@ fn parse(text: &str) -> Result<(String, PolicyRules), String> {
         0 => return Err("there is no RetentionPolicy in it".to_owned()),
         more => return Err(format!("there are {more} RetentionPolicies in it")),
     };
-    if let Some(unknown) = unknown_field(&policy["spec"]) {
-        return Err(format!("spec.{unknown}: there is no such field"));
-    }
+    check_schema(&policy["spec"])?;
     // By itself, as only so an error has the field's name.
     serde_path_to_error::deserialize::<_, PolicyRules>(&policy["spec"])
         .map_err(|error| format!("spec.{}: {}", error.path(), error.inner()))?;
     let parsed: Parsed<RetentionPolicy> = serde_json::from_value(policy).map_err(|e| e.to_string())?;
     let policy = parsed.object.map_err(|invalid| invalid.to_string())?;
     policy.spec.rules.check().map_err(|invalid| invalid.to_string())?;
-    if !(1..=1000).contains(&policy.spec.rules.min_copies) {
-        return Err("spec.minCopies: it is from 1 to 1000".to_owned());
-    }
     Ok((policy.metadata.name.unwrap_or_default(), policy.spec.rules))
 }
 
-/// A field that the schema does not have: a slip that would be left out in silence.
-fn unknown_field(spec: &Value) -> Option<&String> {
-    let crd = serde_json::to_value(RetentionPolicy::crd()).unwrap_or_default();
+/// What the CRD's schema says of single fields, and what reading them does not find: fields that there are not, which
+/// would be left out in silence, texts of another form, numbers and lengths out of bounds.
+fn check_schema(spec: &Value) -> Result<(), String> {
+    let crd = serde_json::to_value(RetentionPolicy::crd()).map_err(|e| e.to_string())?;
     let known = &crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
-    spec.as_object()?.keys().find(|field| known.get(field).is_none())
+    for (field, value) in spec.as_object().into_iter().flatten() {
+        let Some(schema) = known.get(field) else {
+            return Err(format!("spec.{field}: there is no such field"));
+        };
+        check_field(schema, value).map_err(|wrong| format!("spec.{field}: {value} {wrong}"))?;
+    }
+    Ok(())
+}
+
+fn check_field(schema: &Value, value: &Value) -> Result<(), String> {
+    let (size, bounds) = match value {
+        Value::Number(number) => (number.as_f64(), ["minimum", "maximum"]),
+        Value::String(text) => (Some(text.chars().count() as f64), ["minLength", "maxLength"]),
+        Value::Object(map) => (Some(map.len() as f64), ["minProperties", "maxProperties"]),
+        _ => return Ok(()),
+    };
+    let [least, most] = bounds.map(|bound| schema[bound].as_f64());
+    if size < least || most.is_some_and(|most| size > Some(most)) {
+        let bound = |bound: Option<f64>| bound.map_or("any".to_owned(), |bound| bound.to_string());
+        return Err(format!("is not within {} to {}", bound(least), bound(most)));
+    }
+    if let (Some(text), Some(pattern)) = (value.as_str(), schema["pattern"].as_str()) {
+        let form = regex::Regex::new(pattern).map_err(|e| e.to_string())?;
+        if !form.is_match(text) {
+            return Err(format!("does not match {pattern}"));
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -92,7 +115,17 @@ mod tests {
             ("{nodeSelector: {}, maxSize: -1}", "spec.maxSize: "),
             ("{nodeSelector: {}, minCopies: 0}", "spec.minCopies: "),
             ("{nodeSelector: {}, minCopies: many}", "minCopies"),
+            (
+                "{nodeSelector: {}, minCopies: 1001}",
+                "spec.minCopies: 1001 is not within 1 to 1000",
+            ),
+            ("{nodeSelector: {}, priority: 1000001}", "spec.priority: "),
             ("{nodeSelector: {}, schedule: never}", "never"),
+            // The parser of schedules knows more than the API server takes.
+            ("{nodeSelector: {}, schedule: '@yearly'}", "spec.schedule: "),
+            ("{nodeSelector: {}, schedule: '0 3 L * *'}", "spec.schedule: "),
+            ("{nodeSelector: {}, timeZone: ''}", "spec.timeZone: "),
+            ("{nodeSelector: {}, timeZone: ../etc/passwd}", "spec.timeZone: "),
             ("{nodeSelector: {}, timeZone: Mars/Base}", "Mars/Base"),
             ("[]", "spec"),
         ] {

@@ -4,7 +4,8 @@ use std::ffi::CString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, TryLockError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
@@ -18,6 +19,24 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     return super::turns::lock(mutex);
     #[cfg(not(test))]
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Takes a lock that may be held for long; `None` if that is cancelled before.
+pub(super) fn lock_unless<'a, T>(mutex: &'a Mutex<T>, cancel: &AtomicBool) -> Option<MutexGuard<'a, T>> {
+    point();
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) if cancel.load(Ordering::Relaxed) => return None,
+            Err(TryLockError::WouldBlock) => {}
+        }
+        #[cfg(test)]
+        if super::turns::pass_on() {
+            continue;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 /// Where a test may let another thread go on.

@@ -13,7 +13,8 @@ use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, error, images, manifests};
 
-/// What a mark found out.
+/// What a mark found out; by default one that was cancelled before it began.
+#[derive(Default)]
 pub(super) struct Marked {
     pub facts: Facts,
     /// The refs in whose history each manifest is, by index.

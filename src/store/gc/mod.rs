@@ -26,14 +26,14 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use super::files::lock;
+use super::files::lock_unless;
 use super::layout::Inner;
 use super::pace::Pace;
 use super::quarantine::Quarantined;
 use super::retention::{Facts, OverLimit, Plan, Policy, Reason, plan};
 use super::{Error, Problem, Store, TreeDigest, time};
-use mark::mark;
 pub(super) use mark::stored_manifests;
+use mark::{Marked, mark};
 use run::Run;
 
 /// The trees that something outside the store needs: layers, mounts, pod volumes.
@@ -329,9 +329,12 @@ impl Store {
     ) -> Result<(Report, Removals), Unfinished> {
         let Collecting { dry_run, now, .. } = *how;
         let store = &self.inner;
-        let _one_at_a_time = lock(&store.collecting);
-        let _mark = Mark::begin(store);
-        let marked = mark(store, holders, how)?;
+        // The one before may take its time, by its rate.
+        let one_at_a_time = lock_unless(&store.collecting, how.cancel);
+        let (_mark, marked) = match one_at_a_time {
+            Some(_) => (Some(Mark::begin(store)), mark(store, holders, how)?),
+            None => (None, Marked::default()),
+        };
         let planned = match marked.complete {
             true => plan(policy, &marked.facts, now),
             false => Plan::default(),

@@ -64,6 +64,30 @@ fn a_cancelled_collection_deletes_no_more_and_the_next_goes_on() {
 }
 
 #[test]
+fn a_collection_that_waits_for_another_can_be_cancelled() {
+    let (_dir, store) = store();
+    forgotten(&store, 3);
+    let cancel = AtomicBool::new(false);
+    let how = Collecting {
+        dry_run: true,
+        now: SystemTime::now(),
+        rate: None,
+        cancel: &cancel,
+    };
+    let other = files::lock(&store.inner.collecting);
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| store.collect_with(&nothing_kept(), &Trees(vec![]), &how).unwrap().0);
+        std::thread::sleep(Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        cancel.store(true, Ordering::Relaxed);
+        let report = waiting.join().unwrap();
+        assert!(!report.complete && report.decisions.is_empty() && report.over_limit.is_none());
+    });
+    drop(other);
+    assert_eq!(collect(&store).deleted_blobs, 3);
+}
+
+#[test]
 fn a_collection_that_fails_on_its_way_tells_what_it_has_deleted() {
     let (_dir, store) = store();
     forgotten(&store, 100);
