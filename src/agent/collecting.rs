@@ -10,7 +10,7 @@ use super::node::{Node, RunUnderWay, TICK};
 use super::retention::{self, Due, How, Room, Trigger};
 use super::work::{self, Collected, Done};
 use crate::api::conditions::reasons;
-use crate::api::{NodeStore, PolicyRules, ProjectedPolicy};
+use crate::api::{NodeStore, ProjectedPolicy};
 use crate::cluster::ObjectKey;
 use crate::store::{Report, RunId};
 
@@ -70,9 +70,8 @@ impl Node {
 
     /// Looks now and then how much room there is, for a policy that asks for some: others use the disk, too.
     fn look(&mut self, policy: Option<&ProjectedPolicy>, now: Instant) {
-        let asks = |rules: &PolicyRules| rules.max_size.is_some() || rules.min_free.is_some();
         let is_due = self.looked.is_none_or(|looked| now.duration_since(looked) > LOOK);
-        if is_due && policy.is_some_and(|policy| asks(&policy.rules)) {
+        if is_due && policy.is_some_and(|policy| retention::asks_for_room(&policy.rules)) {
             self.looked = Some(now);
             let builder = self.builder.clone();
             self.tasks

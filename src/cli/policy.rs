@@ -69,13 +69,13 @@ fn check_schema(spec: &Value) -> Result<(), String> {
 
 fn check_field(schema: &Value, value: &Value) -> Result<(), String> {
     let (size, bounds) = match value {
-        Value::Number(number) => (number.as_f64(), ["minimum", "maximum"]),
-        Value::String(text) => (Some(text.chars().count() as f64), ["minLength", "maxLength"]),
-        Value::Object(map) => (Some(map.len() as f64), ["minProperties", "maxProperties"]),
+        Value::Number(number) => (number.as_f64().unwrap_or(f64::NAN), ["minimum", "maximum"]),
+        Value::String(text) => (text.chars().count() as f64, ["minLength", "maxLength"]),
+        Value::Object(map) => (map.len() as f64, ["minProperties", "maxProperties"]),
         _ => return Ok(()),
     };
     let [least, most] = bounds.map(|bound| schema[bound].as_f64());
-    if size < least || most.is_some_and(|most| size > Some(most)) {
+    if least.is_some_and(|least| size < least) || most.is_some_and(|most| size > most) {
         let bound = |bound: Option<f64>| bound.map_or("any".to_owned(), |bound| bound.to_string());
         return Err(format!("is not within {} to {}", bound(least), bound(most)));
     }

@@ -31,12 +31,17 @@ pub(super) fn lock_unless<'a, T>(mutex: &'a Mutex<T>, cancel: &AtomicBool) -> Op
             Err(TryLockError::WouldBlock) if cancel.load(Ordering::Relaxed) => return None,
             Err(TryLockError::WouldBlock) => {}
         }
-        #[cfg(test)]
-        if super::turns::pass_on() {
-            continue;
-        }
-        std::thread::sleep(Duration::from_millis(10));
+        let_others(Duration::from_millis(10));
     }
+}
+
+/// Waits a little for what another thread does.
+fn let_others(time: Duration) {
+    #[cfg(test)]
+    if super::turns::pass_on() {
+        return;
+    }
+    std::thread::sleep(time);
 }
 
 /// Where a test may let another thread go on.
@@ -54,11 +59,7 @@ pub(super) fn lock_when<T>(mutex: &Mutex<T>, is: impl Fn(&T) -> bool) -> MutexGu
             return guard;
         }
         drop(guard);
-        #[cfg(test)]
-        if super::turns::pass_on() {
-            continue;
-        }
-        std::thread::sleep(Duration::from_millis(1));
+        let_others(Duration::from_millis(1));
     }
 }
 

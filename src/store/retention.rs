@@ -51,6 +51,17 @@ impl Policy {
     }
 }
 
+impl Policy {
+    /// Which limit a store of this size breaks on a disk with so much free, in bytes.
+    pub fn broken_by(&self, size: u64, free: u64) -> Option<Reason> {
+        if self.max_size.is_some_and(|most| size > most) {
+            return Some(Reason::MaxSize);
+        }
+        let is_full = self.min_free.is_some_and(|least| free < least);
+        is_full.then_some(Reason::MinFree)
+    }
+}
+
 /// Who needs a manifest that is live.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -445,13 +456,7 @@ impl<'a> Planner<'a> {
     }
 
     fn over(&self) -> Option<Reason> {
-        if self.policy.max_size.is_some_and(|limit| self.size > limit) {
-            return Some(Reason::MaxSize);
-        }
-        self.policy
-            .min_free
-            .is_some_and(|limit| self.free < limit)
-            .then_some(Reason::MinFree)
+        self.policy.broken_by(self.size, self.free)
     }
 
     /// Rule 3.
