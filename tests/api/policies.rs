@@ -80,6 +80,8 @@ async fn one_policy_governs_a_node_whatever_becomes_of_the_others() {
     assert_eq!(site.runs(), 1);
 
     // Another with a higher priority, for nodes of a tier that this one is not of.
+    // It is the younger one: the API server tells the time of a creation in whole seconds.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
     let rules = json!({"schedule": "0 0 1 1 *", "priority": 10, "dryRun": true});
     let high = site.create_policy("high", rules).await;
     site.prints("retp", &high, &governed).await;
