@@ -35,7 +35,7 @@ async fn main() {
     cluster.node("bench-node", &[]).await;
     let root = format!("{}={namespace}", sources.display());
     std::fs::create_dir(&sources).expect("a folder");
-    let agent = cluster.agent_process("bench-node", &store, &[root]).await;
+    let agent = cluster.agent_process("bench-node", &store, &[root], &[]).await;
 
     let manifests = Api::<CasManifest>::namespaced(cluster.client().await, &namespace);
     let mut events = Box::pin(watcher::watcher(manifests.clone(), watcher::Config::default()));

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use tracing::{info, warn};
 
 use super::node::Node;
-use super::others;
 use super::work::{self, Analysed, Done};
+use super::{others, retention};
 use crate::api::conditions::reasons;
 use crate::api::{BlobAmount, LargestManifest, SharedBlob, SizeBucket, StoreAnalytics, human_size, int64};
 use crate::cluster::ObjectKey;
@@ -176,9 +177,8 @@ impl Node {
             self.pace.changed(now + RECHECK);
         }
         self.trouble = trouble;
-        if self.memory.blocked && !is_blocked && self.ran.is_none_or(|ran| ran < began) {
-            // What kept the last run from deleting is mended; that is said before there is another run.
-            (self.memory.blocked, self.memory.state.problem) = (false, None);
+        if self.memory.blocked.is_some() && !is_blocked && self.ran.is_none_or(|ran| ran < began) {
+            retention::unblock(&mut self.memory, Timestamp::now());
             self.saving.wanted.memory = true;
         }
         match result {

@@ -1,6 +1,7 @@
 //! Retention in the node's loop: when a run begins, and what becomes of its end.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -22,7 +23,14 @@ impl Node {
     pub(super) fn retention(&mut self, now: Instant) -> Instant {
         let policy = self.spec.as_ref().and_then(|spec| spec.spec.retention.clone());
         // Before the first spec nobody knows which policy is in force.
-        if self.spec.is_none() || self.collecting.is_some() {
+        if self.spec.is_none() {
+            return now + TICK;
+        }
+        if let Some(run) = &self.collecting {
+            if retention::is_outdated(run.policy.as_ref(), policy.as_ref()) {
+                // It ends soon, and what is due by the new one is done then.
+                run.cancel.store(true, Ordering::Relaxed);
+            }
             return now + TICK;
         }
         self.look(policy.as_ref(), now);
@@ -33,13 +41,7 @@ impl Node {
         self.saving.wanted.memory |= self.memory != before;
         let is_over = self.memory.state.over_limit.is_some();
         self.health.metrics().over_limit.set(is_over.into());
-        // What was asked for is answered, and recorded, as that, also if room is wanted as well.
-        let due = match retention::due(&self.memory, policy.as_ref(), &self.node, time) {
-            Due::Now(trigger) => Due::Now(trigger),
-            _ if retention::is_pressed(&self.memory, policy.as_ref(), self.room, time) => Due::Now(Trigger::Pressure),
-            later => later,
-        };
-        match due {
+        match retention::next(&self.memory, policy.as_ref(), self.room, &self.node, time) {
             Due::Never => now + TICK,
             Due::At(at) => {
                 now + Duration::try_from(at.duration_since(time))
@@ -50,13 +52,16 @@ impl Node {
             // is enough for the memory and the disk.
             Due::Now(_) if !self.retiring.is_empty() || self.pace.is_counting() => now + Duration::from_millis(50),
             Due::Now(trigger) => {
+                let name = policy.as_ref().map(|policy| policy.name.clone());
+                info!(node = self.node, ?trigger, policy = name, "retention begins");
                 let how = How {
-                    policy,
+                    policy: policy.clone(),
                     trigger,
                     rate: self.removal_rate,
                     cancel: Arc::default(),
                 };
                 self.collecting = Some(RunUnderWay {
+                    policy,
                     cancel: how.cancel.clone(),
                     began: now,
                 });

@@ -1,16 +1,16 @@
 //! What to do about one layer: pure decisions, and the blocking work that follows from them.
 
-use std::io::ErrorKind;
-
-use jiff::Timestamp;
-
-use crate::api::conditions::{NEARLY_FULL, Verdict, Wanted, merge, reasons};
+use super::layer_outcome::{Outcome, outcome, short};
+use crate::api::conditions::reasons;
 use crate::api::{
-    Invalid, LAYER_FINALIZER, LayerMode, Owner, Parsed, Size, WritableLayer, WritableLayerStatus, human_size, int64,
+    Invalid, LAYER_FINALIZER, LayerMode, Owner, Parsed, Size, WritableLayer, WritableLayerStatus, truncate,
 };
 use crate::cluster::ObjectKey;
-use crate::layer::{self, LayerId, LayerOwner, LayerRecord, LayerSpec, Layers, Lost, Mode};
-use crate::store::{self, TreeDigest};
+use crate::layer::{LayerId, LayerOwner, LayerRecord, LayerSpec, Layers, Lost, Mode};
+use crate::store::TreeDigest;
+
+/// Most of what another program said that an event repeats, in bytes; an event takes 1024.
+const MAX_SAID: usize = 768;
 
 /// A WritableLayer as the API server has it.
 #[derive(Debug, Clone)]
@@ -77,33 +77,7 @@ pub enum Step {
     },
 }
 
-/// How a layer stands.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Outcome {
-    Mounted {
-        tree: TreeDigest,
-        path: String,
-        size: Option<u64>,
-        lost: bool,
-        used: Option<u64>,
-        nearly_full: bool,
-    },
-    Waiting {
-        reason: &'static str,
-        message: String,
-    },
-    Failed {
-        reason: &'static str,
-        message: String,
-    },
-    Stalled {
-        reason: &'static str,
-        message: String,
-    },
-    Released,
-}
-
-/// Decides about a layer. `placed` is its manifest on this node: absent, not stored yet, or stored.
+/// Decides about a layer. `released`: this agent has released it. `placed` is its manifest on this node: absent, not stored yet, or stored.
 pub fn step(
     key: &ObjectKey,
     observed: &Observed,
@@ -111,6 +85,7 @@ pub fn step(
     record: Option<&LayerRecord>,
     store_id: &str,
     patience_ended: bool,
+    released: bool,
 ) -> Step {
     let Some(id) = observed.id() else {
         let message = format!("the object's UID {:?} is not a UUID", observed.uid);
@@ -120,13 +95,16 @@ pub fn step(
         });
     };
     if observed.deleting {
-        return match (record, observed.held) {
-            (Some(_), _) => Step::Release {
+        // Also without a record: one that cannot be read is none that is not there. Nothing to release is no error.
+        if record.is_some() || (observed.held && !released) {
+            return Step::Release {
                 id,
                 detach: patience_ended,
-            },
-            (None, true) => Step::Finalizers(&[]),
-            (None, false) => Step::Nothing,
+            };
+        }
+        return match observed.held {
+            true => Step::Finalizers(&[]),
+            false => Step::Nothing,
         };
     }
     // Before the finalizer: the API server takes no write to an object that breaks its schema, and nothing is made yet.
@@ -193,30 +171,65 @@ pub fn step(
     }
 }
 
-/// Mounts a layer, and grows it if it is smaller than it should be. Tells also whether it was not mounted before.
-/// Blocks.
-pub fn prepare(layers: &Layers, spec: &LayerSpec, grow: Option<u64>) -> (Outcome, bool) {
+/// What came of preparing a layer.
+pub struct Ended {
+    pub outcome: Outcome,
+    /// It is mounted, and was not before.
+    pub anew: bool,
+    /// What somebody should know of: reasons of events, and what they say.
+    pub news: Vec<(&'static str, String)>,
+}
+
+/// Mounts a layer, and grows it if it is smaller than it should be. Blocks.
+pub fn prepare(layers: &Layers, spec: &LayerSpec, grow: Option<u64>) -> Ended {
     let mut prepared = match layers.prepare(spec) {
         Ok(prepared) => prepared,
-        Err(error) => return (outcome(error), false),
+        Err(error) => {
+            return Ended {
+                outcome: outcome(error),
+                anew: false,
+                news: Vec::new(),
+            };
+        }
     };
+    let mut refused = None;
     // Limits are whole blocks, so that a smaller difference is none.
-    if let Some(size) = grow.filter(|size| prepared.size.is_some_and(|now| now / 4096 < size / 4096)) {
+    if let Some(size) = grow.filter(|size| prepared.size.is_none_or(|now| now / 4096 != size / 4096)) {
         match layers.grow(&spec.id, size) {
             Ok(()) => prepared.size = Some(size),
-            Err(error) => return (outcome(error), false),
+            Err(error) => refused = Some(Box::new(outcome(error))),
         }
     }
-    let used = layers.used_bytes(&spec.id).ok();
+    let room = layers.room(&spec.id).ok();
     let mounted = Outcome::Mounted {
         tree: spec.tree,
         path: prepared.path.to_string_lossy().into_owned(),
         size: prepared.size,
         lost: prepared.lost == Some(Lost::Reboot),
-        used,
-        nearly_full: used.is_some_and(|used| nearly_full(used, prepared.size, false)),
+        used: room.map(|room| room.used),
+        short: room.and_then(|room| short(&room, None)),
+        refused,
     };
-    (mounted, !prepared.reused)
+    let found = prepared.found.map(|found| {
+        let note = format!(
+            "files were written at the layer's path while it was not mounted; they are in {} on the node now, and the pods \
+             that wrote them must be started again to have the layer",
+            found.display()
+        );
+        (reasons::FILES_FOUND, note)
+    });
+    let checked = prepared.checked.map(|said| {
+        let note = format!(
+            "the layer's own file system had an error, and was checked; files in it may be lost. e2fsck said: {}",
+            truncate(&said, MAX_SAID)
+        );
+        (reasons::FILE_SYSTEM_CHECKED, note)
+    });
+    Ended {
+        outcome: mounted,
+        anew: !prepared.reused,
+        news: found.into_iter().chain(checked).collect(),
+    }
 }
 
 /// Unmounts a layer and removes its data. Blocks.
@@ -227,305 +240,5 @@ pub fn release(layers: &Layers, id: &LayerId, detach: bool) -> Outcome {
     }
 }
 
-fn outcome(error: layer::Error) -> Outcome {
-    use layer::Error;
-    let message = error.to_string();
-    match error {
-        Error::DataLost { .. } => Outcome::Stalled {
-            reason: reasons::DATA_LOST,
-            message,
-        },
-        Error::InUse { .. } => Outcome::Waiting {
-            reason: reasons::IN_USE,
-            message,
-        },
-        Error::Immutable { .. }
-        | Error::InvalidId(_)
-        | Error::Shrink { .. }
-        | Error::TooSmall { .. }
-        | Error::Unlimited { .. } => Outcome::Stalled {
-            reason: reasons::INVALID_SPEC,
-            message,
-        },
-        Error::Store(store::Error::MissingManifest { .. }) => Outcome::Waiting {
-            reason: reasons::MANIFEST_NOT_READY,
-            message,
-        },
-        Error::Store(error) if error.is_disk_full() => Outcome::Failed {
-            reason: reasons::DISK_FULL,
-            message,
-        },
-        // There was no room for the image, or for the layer's own file.
-        Error::Io { source, .. } if matches!(source.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => {
-            Outcome::Failed {
-                reason: reasons::DISK_FULL,
-                message,
-            }
-        }
-        _ => Outcome::Failed {
-            reason: reasons::MOUNT_FAILED,
-            message,
-        },
-    }
-}
-
-/// The use to report: it moves in steps of a tenth of the limit (of 64 MiB where there is none), so that a busy layer
-/// does not write to the API server all the time.
-pub fn threshold(bytes: u64, limit: Option<u64>, reported: Option<u64>) -> Option<u64> {
-    let step = limit.map_or(64 << 20, |limit| (limit / 10).max(1));
-    match reported {
-        Some(reported) if reported / step == bytes / step => Some(reported),
-        _ => Some(bytes),
-    }
-}
-
-/// Whether to say that little is left: from nine tenths of the limit on, and until a twentieth less is used, so that a
-/// layer at the mark does not say it again and again.
-pub fn nearly_full(bytes: u64, limit: Option<u64>, said: bool) -> bool {
-    let percent = if said { 85 } else { 90 };
-    limit.is_some_and(|limit| u128::from(bytes) * 100 >= u128::from(limit) * percent)
-}
-
-impl Outcome {
-    /// What Ready says of it.
-    pub fn verdict(&self) -> Verdict {
-        match self {
-            Self::Mounted { lost: true, .. } => Verdict::Ready {
-                reason: reasons::RESET_BY_REBOOT,
-                message: "mounted, and empty: what was written before the node's reboot was in memory".to_owned(),
-            },
-            Self::Mounted { .. } => Verdict::Ready {
-                reason: reasons::MOUNTED,
-                message: "mounted".to_owned(),
-            },
-            Self::Waiting { reason, message } | Self::Failed { reason, message } => Verdict::Progressing {
-                reason,
-                message: message.clone(),
-            },
-            Self::Stalled { reason, message } => Verdict::Stalled {
-                reason,
-                message: message.clone(),
-            },
-            Self::Released => Verdict::Progressing {
-                reason: reasons::RELEASING,
-                message: "unmounted; its data is removed".to_owned(),
-            },
-        }
-    }
-
-    /// Every condition of it.
-    fn conditions(&self) -> Vec<Wanted> {
-        let mut conditions = self.verdict().conditions();
-        if let Self::Mounted {
-            nearly_full: true,
-            size: Some(size),
-            used: Some(used),
-            ..
-        } = self
-        {
-            conditions.push(Wanted {
-                kind: NEARLY_FULL,
-                status: true,
-                reason: reasons::SPACE_USED,
-                message: format!(
-                    "{} of {} are used; at the limit, writing fails with ENOSPC: raise spec.sizeLimit or delete files in the layer",
-                    human_size(*used),
-                    human_size(*size)
-                ),
-            });
-        }
-        conditions
-    }
-
-    /// Takes note of how many bytes are used now.
-    pub fn note_use(&mut self, bytes: u64) {
-        if let Self::Mounted {
-            used,
-            size,
-            nearly_full: full,
-            ..
-        } = self
-        {
-            let full_now = nearly_full(bytes, *size, *full);
-            *used = match full_now == *full {
-                true => threshold(bytes, *size, *used),
-                // With the news comes the figure.
-                false => Some(bytes),
-            };
-            *full = full_now;
-        }
-    }
-
-    /// Whether the agent is to try again by itself, without a change of the object or its manifest.
-    pub fn again(&self) -> bool {
-        match self {
-            Self::Failed { .. } => true,
-            Self::Waiting { reason, .. } => *reason == reasons::IN_USE,
-            _ => false,
-        }
-    }
-
-    /// The status that says so. What is known of the data stays until it is known otherwise.
-    pub fn status(&self, observed: &Observed, store_id: &str, now: Timestamp) -> WritableLayerStatus {
-        let old = &observed.status;
-        let conditions = merge(&old.conditions, self.conditions(), observed.generation, now);
-        let kept = WritableLayerStatus {
-            observed_generation: observed.generation,
-            conditions,
-            ..old.clone()
-        };
-        match self {
-            Self::Mounted {
-                tree, path, size, used, ..
-            } => WritableLayerStatus {
-                digest: Some(tree.to_string()),
-                path: Some(path.clone()),
-                size_limit: Some(size.map_or_else(|| "none".to_owned(), human_size)),
-                used_bytes: used.map(int64),
-                store_id: Some(store_id.to_owned()),
-                ..kept
-            },
-            Self::Released => WritableLayerStatus {
-                path: None,
-                used_bytes: None,
-                ..kept
-            },
-            _ => kept,
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::api::conditions::find;
-    use serde_json::json;
-
-    const UID: &str = "6f1ed002-ab59-4a7c-8a5d-0123456789ab";
-
-    fn observed(change: serde_json::Value) -> Observed {
-        let mut object = json!({
-            "metadata": {"name": "l", "namespace": "ns", "uid": UID, "generation": 1, "resourceVersion": "1",
-                         "finalizers": ["larder.dev/layer"]},
-            "spec": {"manifest": {"name": "m"}, "nodeName": "n", "sizeLimit": "1Gi"}
-        });
-        for (part, fields) in change.as_object().unwrap() {
-            for (field, value) in fields.as_object().unwrap() {
-                object[part][field] = value.clone();
-            }
-        }
-        Observed::of(serde_json::from_value(object).unwrap()).unwrap()
-    }
-
-    fn decide(observed: &Observed, placed: Option<Option<TreeDigest>>) -> Step {
-        step(&ObjectKey::new("ns", "l"), observed, placed, None, "store-1", false)
-    }
-
-    fn reason(step: Step) -> &'static str {
-        match step {
-            Step::Say(outcome) => outcome.verdict().reason(),
-            other => panic!("expected words, got {other:?}"),
-        }
-    }
-
-    #[test]
-    fn a_layer_is_held_before_anything_is_made() {
-        let tree = TreeDigest::from_bytes([7; 32]);
-        let free = observed(json!({"metadata": {"finalizers": []}}));
-        assert_eq!(decide(&free, Some(Some(tree))), Step::Finalizers(&["larder.dev/layer"]));
-        let Step::Prepare { spec, grow } = decide(&observed(json!({})), Some(Some(tree))) else {
-            panic!()
-        };
-        assert_eq!((spec.tree, spec.size, grow), (tree, Some(1 << 30), None));
-        assert_eq!(spec.id.as_str(), UID);
-    }
-
-    #[test]
-    fn a_layer_waits_for_its_tree_and_says_for_what() {
-        assert_eq!(reason(decide(&observed(json!({})), None)), "NotPlaced");
-        assert_eq!(reason(decide(&observed(json!({})), Some(None))), "ManifestNotReady");
-    }
-
-    #[test]
-    fn a_wiped_disk_is_said_and_not_silently_filled_anew() {
-        let lost = observed(json!({"status": {"observedGeneration": 1, "storeId": "store-0"}}));
-        assert_eq!(
-            reason(decide(&lost, Some(Some(TreeDigest::from_bytes([7; 32]))))),
-            "DataLost"
-        );
-    }
-
-    #[test]
-    fn a_deleted_layer_without_data_loses_its_finalizer_only() {
-        let deleted = json!({"metadata": {"deletionTimestamp": "2026-01-01T00:00:00Z"}});
-        assert_eq!(decide(&observed(deleted.clone()), None), Step::Finalizers(&[]));
-        let mut other = deleted;
-        other["metadata"]["finalizers"] = json!(["other/one"]);
-        assert_eq!(decide(&observed(other), None), Step::Nothing);
-    }
-
-    #[test]
-    fn a_bad_size_that_is_stored_is_named() {
-        let Step::Say(outcome) = decide(&observed(json!({"spec": {"sizeLimit": {"a": 1}}})), Some(None)) else {
-            panic!()
-        };
-        assert!(outcome.verdict().message().contains("spec.sizeLimit"), "{outcome:?}");
-    }
-
-    #[test]
-    fn use_is_reported_in_tenths_of_the_limit() {
-        assert_eq!(threshold(5, Some(100), None), Some(5));
-        assert_eq!(threshold(9, Some(100), Some(5)), Some(5));
-        assert_eq!(threshold(11, Some(100), Some(5)), Some(11));
-    }
-
-    #[test]
-    fn a_layer_says_when_little_is_left_and_takes_it_back_a_twentieth_later() {
-        let mut outcome = Outcome::Mounted {
-            tree: TreeDigest::from_bytes([7; 32]),
-            path: "/x".into(),
-            size: Some(1 << 30),
-            lost: false,
-            used: Some(1 << 20),
-            nearly_full: false,
-        };
-        let percent = |percent: u64| (1u64 << 30) / 100 * percent + 99;
-        let mut observed = observed(json!({}));
-        for (used, says) in [
-            (89, None),
-            (90, Some("922Mi of 1Gi are used")),
-            (86, Some("881Mi of 1Gi are used")),
-            (84, None),
-            (100, Some("1Gi of 1Gi are used")),
-        ] {
-            outcome.note_use(percent(used));
-            observed.status = outcome.status(&observed, "s", Timestamp::from_second(10).unwrap());
-            let full = find(&observed.status.conditions, NEARLY_FULL);
-            assert_eq!(full.is_some(), says.is_some(), "{used} percent: {full:?}");
-            if let (Some(full), Some(says)) = (full, says) {
-                assert_eq!((&*full.status, &*full.reason), ("True", "SpaceUsed"));
-                assert!(full.message.starts_with(says), "{used} percent: {}", full.message);
-            }
-        }
-        assert!(!nearly_full(u64::MAX, None, true), "without a limit nothing is full");
-    }
-
-    #[test]
-    fn a_status_from_its_own_outcome_changes_nothing() {
-        let outcome = Outcome::Mounted {
-            tree: TreeDigest::from_bytes([7; 32]),
-            path: "/x".into(),
-            size: None,
-            lost: false,
-            used: Some(1),
-            nearly_full: false,
-        };
-        let mut observed = observed(json!({}));
-        let first = outcome.status(&observed, "s", Timestamp::from_second(10).unwrap());
-        observed.status = first.clone();
-        assert_eq!(
-            outcome.status(&observed, "s", Timestamp::from_second(99).unwrap()),
-            first
-        );
-    }
-}
+pub(super) mod tests;

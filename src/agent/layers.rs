@@ -13,16 +13,17 @@ use tokio::task::JoinSet;
 use tracing::{debug, error, info, warn};
 
 use super::builds::MountedLayers;
-use super::layer_plan::{self, Observed, Outcome, Step};
+use super::layer_entry::Entry;
+use super::layer_outcome::Outcome;
+use super::layer_plan::{self, Observed, Step};
 use super::node::Placed;
 use super::tell;
 use crate::api::conditions::{NEARLY_FULL, reasons};
 use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, int64};
 use crate::cluster::{
-    AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said, WriteError, apply_finalizers, apply_status, is_news,
-    uid_of,
+    AGENT_MANAGER, Announcer, Followed, ObjectKey, WriteError, apply_finalizers, apply_status, is_news, uid_of,
 };
-use crate::layer::{LayerId, LayerRecord, Layers, OwnerKind};
+use crate::layer::{LayerId, LayerRecord, Layers, OwnerKind, Room};
 use crate::telemetry::Health;
 
 /// Layers prepared or released at once.
@@ -49,22 +50,6 @@ pub struct Start {
     pub orphan_grace: Duration,
 }
 
-/// A layer's object and its turn.
-struct Entry {
-    observed: Observed,
-    outcome: Option<Outcome>,
-    at_work: bool,
-    due: bool,
-    backoff: Backoff,
-    writing: bool,
-    write_backoff: Backoff,
-    /// What the last event said.
-    announced: Option<Said>,
-    announced_full: Option<Said>,
-    /// When the deletion was first held up by somebody who uses the layer.
-    in_use_since: Option<Instant>,
-}
-
 enum Done {
     Worked {
         key: ObjectKey,
@@ -73,6 +58,8 @@ enum Done {
         record: Option<LayerRecord>,
         /// If it was mounted and had not been before.
         mounted_in: Option<Duration>,
+        /// Reasons of events, and what they say.
+        news: Vec<(&'static str, String)>,
     },
     Finalizer {
         key: ObjectKey,
@@ -86,7 +73,7 @@ enum Done {
         id: LayerId,
         released: bool,
     },
-    Used(Vec<(ObjectKey, u64)>),
+    Used(Vec<(ObjectKey, Room)>),
 }
 
 pub struct Keeper {
@@ -236,6 +223,7 @@ impl Keeper {
             record,
             self.start.layers.store().id(),
             patience_ended,
+            entry.outcome == Some(Outcome::Released),
         );
         (entry.due, entry.at_work) = (false, true);
         let (client, uid, key) = (self.start.client.clone(), entry.observed.uid.clone(), key.clone());
@@ -259,14 +247,15 @@ impl Keeper {
                 let layers = self.start.layers.clone();
                 self.tasks.spawn_blocking(move || {
                     let started = Instant::now();
-                    let (outcome, anew) = layer_plan::prepare(&layers, &spec, grow);
+                    let ended = layer_plan::prepare(&layers, &spec, grow);
                     let record = layers.record(&spec.id).ok().flatten();
                     Done::Worked {
                         key,
                         uid,
-                        outcome: Box::new(outcome),
+                        outcome: Box::new(ended.outcome),
                         record,
-                        mounted_in: anew.then(|| started.elapsed()),
+                        mounted_in: ended.anew.then(|| started.elapsed()),
+                        news: ended.news,
                     }
                 });
             }
@@ -281,6 +270,7 @@ impl Keeper {
                         outcome,
                         record,
                         mounted_in: None,
+                        news: Vec::new(),
                     }
                 });
             }
@@ -296,6 +286,7 @@ impl Keeper {
                 outcome,
                 record,
                 mounted_in,
+                news,
             } => {
                 let metrics = self.start.health.metrics();
                 if let Some(took) = mounted_in {
@@ -309,6 +300,11 @@ impl Keeper {
                         Some(record) => drop(self.records.insert(id, record)),
                         None => drop(self.records.remove(&id)),
                     }
+                }
+                for (reason, note) in news {
+                    warn!(layer = %key, node = self.start.node, "{note}");
+                    self.announcer
+                        .announce::<WritableLayer>(&key, &uid, true, reason, &note);
                 }
                 let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.observed.uid == uid) else {
                     return;
@@ -369,9 +365,9 @@ impl Keeper {
             }
             Done::Used(used) => {
                 self.measuring = false;
-                for (key, bytes) in used {
+                for (key, room) in used {
                     if let Some(entry) = self.entries.get_mut(&key) {
-                        entry.note_use(bytes);
+                        entry.note_use(&room, now);
                     }
                 }
             }
@@ -443,8 +439,8 @@ impl Keeper {
         let outcomes = self.entries.values().filter(|entry| entry.is_mounted());
         let (mut full, mut bytes) = (0, 0u64);
         for outcome in outcomes.filter_map(|entry| entry.outcome.as_ref()) {
-            if let Outcome::Mounted { used, nearly_full, .. } = outcome {
-                full += i64::from(*nearly_full);
+            if let Outcome::Mounted { used, short, .. } = outcome {
+                full += i64::from(short.is_some());
                 bytes = bytes.saturating_add(used.unwrap_or(0));
             }
         }
@@ -467,15 +463,13 @@ impl Keeper {
         self.measuring = true;
         let layers = self.start.layers.clone();
         self.tasks.spawn_blocking(move || {
-            let used = mounted
-                .into_iter()
-                .filter_map(|(key, id)| match layers.used_bytes(&id) {
-                    Ok(bytes) => Some((key, bytes)),
-                    Err(error) => {
-                        debug!(layer = %key, %error, "cannot tell how much it uses");
-                        None
-                    }
-                });
+            let used = mounted.into_iter().filter_map(|(key, id)| match layers.room(&id) {
+                Ok(room) => Some((key, room)),
+                Err(error) => {
+                    debug!(layer = %key, %error, "cannot tell how much it uses");
+                    None
+                }
+            });
             let used = used.collect();
             match layers.unmount_unused(UNUSED) {
                 Ok(0) => {}
@@ -519,55 +513,6 @@ impl Keeper {
                     released,
                 }
             });
-        }
-    }
-}
-
-impl Entry {
-    fn new(observed: Observed) -> Self {
-        Self {
-            observed,
-            outcome: None,
-            at_work: false,
-            due: true,
-            backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(60)),
-            writing: false,
-            write_backoff: Backoff::default(),
-            announced: None,
-            announced_full: None,
-            in_use_since: None,
-        }
-    }
-
-    fn settle(&mut self, outcome: Outcome, now: Instant) {
-        if outcome.again() {
-            self.due = true;
-            self.backoff.failed(now);
-        } else {
-            self.backoff.succeeded();
-        }
-        let in_use = outcome.verdict().reason() == reasons::IN_USE;
-        self.in_use_since = in_use.then(|| self.in_use_since.unwrap_or(now));
-        if matches!(outcome, Outcome::Released) {
-            // The next step drops the finalizer.
-            self.due = true;
-        }
-        self.outcome = Some(outcome);
-    }
-
-    fn is_mounted(&self) -> bool {
-        !self.observed.deleting && matches!(self.outcome, Some(Outcome::Mounted { .. }))
-    }
-
-    fn waits_for_tree(&self) -> bool {
-        self.outcome.as_ref().is_some_and(|outcome| {
-            [reasons::NOT_PLACED, reasons::MANIFEST_NOT_READY].contains(&outcome.verdict().reason())
-        })
-    }
-
-    fn note_use(&mut self, bytes: u64) {
-        if let Some(outcome) = &mut self.outcome {
-            outcome.note_use(bytes);
         }
     }
 }

@@ -6,6 +6,8 @@
 mod analysis;
 mod builds;
 mod collecting;
+mod layer_entry;
+mod layer_outcome;
 mod layer_plan;
 mod layers;
 mod node;
@@ -18,9 +20,11 @@ mod work;
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::{Either, select};
 use kube::Client;
 use kube::runtime::watcher;
 use tokio::sync::{Notify, mpsc, watch};
@@ -34,6 +38,8 @@ use crate::source::{self, Roots, SourceRoot};
 use crate::store::{self, Damage, Ref, Store};
 use crate::telemetry::Health;
 use builds::Builder;
+#[cfg(any(test, fuzzing))]
+pub(crate) use retention::{Memory, Room, adopt, next};
 #[cfg(any(test, fuzzing))]
 pub(crate) use saved::{SavedSpec, parse as parse_saved};
 
@@ -144,22 +150,23 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
     let own_store = watcher::Config::default().fields(&format!("metadata.name={}", options.node));
     let own_layers = watcher::Config::default().fields(&format!("spec.nodeName={}", options.node));
     health.set_ready(true);
-    let mut stopped = stop.clone();
-    // Both loops end at `stop`; if one ends without it, the process is to start anew.
-    let loops = async {
+    let node = pin!(node.run(stores, stop.clone()));
+    let others = pin!(async {
         tokio::select! {
-            () = node.run(stores, stop.clone()) => {}
             () = keeper.run(layers, stop.clone()) => {}
+            () = heartbeat(client.clone(), options.namespace, options.node.clone(), owner) => {}
+            () = follow::<NodeStore, _>(client.clone(), own_store, Duration::ZERO, stores_sender) => {}
+            () = follow::<WritableLayer, _>(client.clone(), own_layers, Duration::ZERO, layers_sender) => {}
         }
-    };
-    tokio::select! {
-        () = loops => {}
-        () = heartbeat(client.clone(), options.namespace, options.node.clone(), owner) => {}
-        () = follow::<NodeStore, _>(client.clone(), own_store, Duration::ZERO, stores_sender) => {}
-        () = follow::<WritableLayer, _>(client.clone(), own_layers, Duration::ZERO, layers_sender) => {}
-        _ = stopped.wait_for(|stop| *stop) => {}
+    });
+    // What ends without `stop` takes the rest with it: the process is to start anew. At `stop` the node's loop has
+    // something to note.
+    if let Either::Right(((), node)) = select(node, others).await
+        && *stop.borrow()
+    {
+        node.await;
     }
-    if *stopped.borrow() { Ok(()) } else { Err(Error::Broken) }
+    if *stop.borrow() { Ok(()) } else { Err(Error::Broken) }
 }
 
 fn open(options: &Options) -> Result<Disk, Error> {

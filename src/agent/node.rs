@@ -23,7 +23,7 @@ use super::tell;
 use super::throttle::Throttle;
 use super::work::{self, Built, Done};
 use crate::api::conditions::reasons;
-use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, StoreUsage};
+use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, ProjectedPolicy, StoreUsage};
 use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said};
 use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
@@ -65,6 +65,7 @@ struct Job {
 }
 
 pub(super) struct RunUnderWay {
+    pub(super) policy: Option<ProjectedPolicy>,
     pub(super) cancel: Arc<AtomicBool>,
     pub(super) began: Instant,
 }
@@ -104,6 +105,7 @@ pub struct Node {
     pub(super) looked: Option<Instant>,
     pub(super) announcer: Announcer,
     announced_over: Option<Said>,
+    announced_failed: Option<Said>,
     pub(super) saving: Saving,
     usage: Option<StoreUsage>,
     /// When to count what the store's room is used for, and what was counted last.
@@ -119,6 +121,13 @@ pub struct Node {
     throttle: Throttle,
     differs_since: Option<Instant>,
     pub(super) tasks: JoinSet<Done>,
+}
+
+/// Whoever ends the loop, what is under way on other threads ends in order.
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.cancel_all();
+    }
 }
 
 impl Node {
@@ -148,6 +157,7 @@ impl Node {
             room: None,
             looked: None,
             announced_over: None,
+            announced_failed: None,
             saving: Saving::default(),
             usage: None,
             pace: Pace::new(now),
@@ -163,7 +173,8 @@ impl Node {
         }
     }
 
-    /// Runs until the watch ends or `stop` is true; then ends the builds.
+    /// Runs until the watch ends or `stop` is true. A retention run that is under way then ends early, and what it did is
+    /// noted.
     pub async fn run(mut self, mut changes: mpsc::Receiver<Followed<NodeStore>>, mut stop: watch::Receiver<bool>) {
         self.count();
         let commands = self.commands.clone();
@@ -179,7 +190,7 @@ impl Node {
                     Ok(done) => self.finished(done),
                     Err(error) => {
                         error!(%error, "a task of the agent broke off; restarting");
-                        break;
+                        return;
                     }
                 },
                 Ok(()) = self.mounted.changed() => self.retry_snapshots(),
@@ -188,6 +199,30 @@ impl Node {
                 () = tokio::time::sleep_until(wake.into()) => {}
             }
         }
+        self.end().await;
+    }
+
+    /// Notes the run that is under way, so that the next start neither repeats it nor takes it for one that was never
+    /// begun. What else is under way notes itself or is done again.
+    async fn end(mut self) {
+        self.cancel_all();
+        // If it fails now, it is left.
+        self.saving.hurry();
+        loop {
+            self.save(Instant::now());
+            if self.collecting.is_none() && !self.saving.is_under_way() {
+                return;
+            }
+            match self.tasks.join_next().await {
+                Some(Ok(done @ (Done::Collected(_) | Done::Saved(_)))) => self.finished(done),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return error!(%error, "a task of the agent broke off"),
+                None => return,
+            }
+        }
+    }
+
+    fn cancel_all(&self) {
         for job in self.jobs.values() {
             job.cancel.store(true, Ordering::Relaxed);
         }

@@ -28,12 +28,14 @@ pub struct Memory {
     pub state: RetentionState,
     /// When the node first saw the policy in force.
     pub since: Option<Timestamp>,
-    /// When a run was last tried; one that failed waits for its next time like one that worked.
+    /// When a run was last tried.
     pub tried: Option<Timestamp>,
     /// The policy was edited since the last run.
     pub edited: bool,
-    /// The problem that the status names is that something unreadable kept the last run from deleting.
-    pub blocked: bool,
+    /// Something unreadable kept the last run from deleting: what is said of it, whatever else is wrong.
+    pub blocked: Option<String>,
+    /// When to make up for a run that failed, if its next time does not come first.
+    pub retry: Option<Timestamp>,
     /// Requests that were answered, by the UIDs of their policies, the latest last. A node may come back under a
     /// policy: what was asked for by then has been done.
     pub answered: Vec<(String, String)>,
@@ -49,6 +51,12 @@ const PRESSURE_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_mins(10)
 /// The same after a run that left it so because all that is left is needed or fresh.
 const OVER_LIMIT_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
 
+/// A clock that is set back by at most so much has only been corrected.
+const CLOCK_STEP: jiff::SignedDuration = jiff::SignedDuration::from_mins(5);
+
+/// A run that failed is tried again so much later.
+const RETRY_PAUSE: jiff::SignedDuration = jiff::SignedDuration::from_hours(1);
+
 /// Why a run is made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -56,6 +64,8 @@ pub enum Trigger {
     Schedule,
     /// The annotation `larder.dev/requestedAt`.
     Request,
+    /// The last run failed, or was cut off or kept from deleting by what is no more.
+    Retry,
     /// The store is over `maxSize`, or the disk under `minFree`.
     Pressure,
 }
@@ -86,16 +96,19 @@ pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, 
             ..Default::default()
         };
     }
-    // The clock was ahead, and was set right: without this nothing would be due until that time comes again.
+    // The clock was ahead, and was set right: without this nothing would be due until that time comes again. But one
+    // that is set back by a little must not make a run due twice.
     for time in [&mut memory.since, &mut memory.tried].into_iter().flatten() {
-        *time = (*time).min(now);
+        if after(now, CLOCK_STEP).is_some_and(|latest| *time > latest) {
+            *time = now;
+        }
     }
+    memory.retry = memory.retry.min(after(now, RETRY_PAUSE));
     let state = &mut memory.state;
     let generation = policy.map_or(0, |policy| policy.generation);
     if state.observed_generation != generation {
-        // What kept the last run from working may be mended by the new spec.
-        (state.observed_generation, state.problem) = (generation, None);
-        memory.blocked = false;
+        // What made the last run fail may be mended by the new spec; but not what cannot be read.
+        (state.observed_generation, state.problem) = (generation, memory.blocked.clone());
         memory.edited = true;
     }
     if let Some(Err(invalid)) = policy.map(|policy| policy.rules.check()) {
@@ -107,18 +120,27 @@ pub fn adopt(memory: &mut Memory, policy: Option<&ProjectedPolicy>, node: &str, 
     };
 }
 
-/// When the next run is due: a new request is due at once, a missed run is made up once.
-pub fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: Timestamp) -> Due {
+/// When the next run is due. What was asked for is answered, and recorded, as that, also if room is wanted as well.
+pub fn next(memory: &Memory, policy: Option<&ProjectedPolicy>, room: Option<Room>, node: &str, now: Timestamp) -> Due {
+    match due(memory, policy, node, now) {
+        Due::Now(trigger) => Due::Now(trigger),
+        _ if is_pressed(memory, policy, room, now) => Due::Now(Trigger::Pressure),
+        later => later,
+    }
+}
+
+/// When the next run is due that is not made for want of room: a new request is due at once, a missed run is made up once,
+/// and so is one that failed.
+fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: Timestamp) -> Due {
     let from = memory.tried.max(memory.since).unwrap_or(now);
     let scheduled = |schedule: &Schedule, jitter: Duration| {
-        let Some(next) = schedule.next_after(from) else {
-            return Due::Never;
-        };
-        let time = next.checked_add(jitter).unwrap_or(next);
-        if time <= now {
-            Due::Now(Trigger::Schedule)
-        } else {
-            Due::At(time)
+        let next = schedule.next_after(from);
+        let next = next.map(|next| (next.checked_add(jitter).unwrap_or(next), Trigger::Schedule));
+        let retry = memory.retry.map(|retry| (retry, Trigger::Retry));
+        match next.into_iter().chain(retry).min_by_key(|(time, _)| *time) {
+            None => Due::Never,
+            Some((time, trigger)) if time <= now => Due::Now(trigger),
+            Some((time, _)) => Due::At(time),
         }
     };
     let Some(policy) = policy else {
@@ -139,7 +161,7 @@ pub fn due(memory: &Memory, policy: Option<&ProjectedPolicy>, node: &str, now: T
 }
 
 /// Whether a policy wants a run because of the room that there is, whatever its schedule.
-pub fn is_pressed(memory: &Memory, policy: Option<&ProjectedPolicy>, room: Option<Room>, now: Timestamp) -> bool {
+fn is_pressed(memory: &Memory, policy: Option<&ProjectedPolicy>, room: Option<Room>, now: Timestamp) -> bool {
     let (Some(policy), Some(room)) = (policy, room) else {
         return false;
     };
@@ -254,7 +276,7 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
         Err(Unfinished { done: Some(done), .. }) => *done,
         Err(unfinished) => return Err(unfinished.to_string()),
     };
-    if how.trigger == Trigger::Pressure && removals.is_empty() {
+    if matches!(how.trigger, Trigger::Pressure | Trigger::Retry) && removals.is_empty() {
         // There may be one each ten minutes, and what other runs did is worth more.
         return Ok((report, None));
     }
@@ -266,12 +288,24 @@ pub fn run(store: &Store, holders: &dyn Holders, how: &How) -> Result<(Report, O
 }
 
 /// Notes what a run did, or why it could not be made.
-pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report, &str>, now: Timestamp) {
+pub fn note(memory: &mut Memory, mut request: Option<String>, result: Result<&Report, &str>, now: Timestamp) {
     memory.tried = Some(now);
     memory.edited = false;
-    memory.blocked = result.is_ok_and(|report| !report.blocked.is_empty());
+    let has_failed = result.map_or(true, |report| report.failed.is_some());
+    let blocked = result.ok().and_then(blocked);
+    let was_cut_off = !has_failed && blocked.is_none() && result.is_ok_and(|report| !report.complete);
+    memory.retry = match (has_failed, was_cut_off) {
+        (true, _) => after(now, RETRY_PAUSE),
+        // By another policy, or another form of it, which is to have its run.
+        (false, true) => Some(now),
+        // What cannot be read is waited for, as nothing goes before it is mended.
+        (false, false) => None,
+    };
+    memory.blocked = blocked;
     let state = &mut memory.state;
-    if let (Some(policy), Some(request)) = (&state.policy_uid, &request) {
+    if was_cut_off {
+        request = state.requested_at.clone();
+    } else if let (Some(policy), Some(request)) = (&state.policy_uid, &request) {
         memory.answered.retain(|(known, _)| known != policy);
         memory.answered.push((policy.clone(), request.clone()));
         let excess = memory.answered.len().saturating_sub(MAX_ANSWERED);
@@ -292,25 +326,55 @@ pub fn note(memory: &mut Memory, request: Option<String>, result: Result<&Report
             // One that ended before its plan knows nothing of it.
             if report.complete && report.blocked.is_empty() {
                 let over = report.over_limit.as_ref();
-                state.over_limit = over.map(|over| truncate(&over_limit(over), MAX_TEXT));
+                let after = if report.dry_run { "after what would go, " } else { "" };
+                state.over_limit = over.map(|over| truncate(&format!("{after}{}", over_limit(over)), MAX_TEXT));
             }
             let failed = report.failed.as_ref().map(|failed| {
                 let text = format!("it ended early, what it had deleted stays deleted: {failed}");
                 truncate(&text, MAX_TEXT)
             });
-            let blocked = report.blocked.first().map(|problem| {
-                let said = format!(
-                    "nothing was deleted, because {} cannot be read: {}{}",
-                    problem.path,
-                    problem.message,
-                    others(report.blocked.len() - 1)
-                );
-                truncate(&said, MAX_TEXT)
-            });
-            state.problem = failed.or(blocked);
+            state.problem = failed.or_else(|| memory.blocked.clone());
         }
         Err(problem) => state.problem = Some(truncate(problem, MAX_TEXT)),
     }
+}
+
+/// What kept a run from deleting, if anything did.
+fn blocked(report: &Report) -> Option<String> {
+    let problem = report.blocked.first()?;
+    let more = if report.decisions.is_empty() { "" } else { " more" };
+    let said = format!(
+        "nothing{more} was deleted, because {} cannot be read: {}{}",
+        problem.path,
+        problem.message,
+        others(report.blocked.len() - 1)
+    );
+    Some(truncate(&said, MAX_TEXT))
+}
+
+/// Notes that what kept the last run from deleting is mended: it is made up for.
+pub fn unblock(memory: &mut Memory, now: Timestamp) {
+    (memory.blocked, memory.state.problem) = (None, None);
+    memory.retry = Some(now);
+}
+
+fn after(time: Timestamp, pause: jiff::SignedDuration) -> Option<Timestamp> {
+    time.checked_add(pause).ok()
+}
+
+/// Whether a run that was begun under one policy must not go on under another, or under another form of it. When the next
+/// one is to be is nothing to it.
+pub fn is_outdated(begun: Option<&ProjectedPolicy>, now: Option<&ProjectedPolicy>) -> bool {
+    let rules = |policy: &ProjectedPolicy| {
+        let rules = PolicyRules {
+            schedule: String::new(),
+            time_zone: None,
+            jitter: None,
+            ..policy.rules.clone()
+        };
+        (policy.uid.clone(), rules)
+    };
+    begun.map(rules) != now.map(rules)
 }
 
 /// What a run did, in a sentence.
@@ -318,8 +382,10 @@ pub fn summary(report: &Report, trigger: Trigger, record: Option<&RunId>) -> Str
     let trigger = match trigger {
         Trigger::Schedule => "as scheduled",
         Trigger::Request => "as requested",
+        Trigger::Retry => "to make up for the run before",
         Trigger::Pressure => "for want of room",
     };
+    let end = if report.complete { "" } else { "; it ended early" };
     let verb = if report.dry_run { "would delete" } else { "deleted" };
     let more = record
         .map(|id| format!("; `larder store runs {id}` says what and why"))
@@ -329,7 +395,7 @@ pub fn summary(report: &Report, trigger: Trigger, record: Option<&RunId>) -> Str
         count => format!("{count} {what}s"),
     };
     format!(
-        "{trigger}: {verb} {} and {} of history, {} in all{more}",
+        "{trigger}: {verb} {} and {} of history, {} in all{end}{more}",
         counted(report.deleted_blobs, "content"),
         counted(report.dropped_history.len() as u64, "revision"),
         human_size(report.freed_bytes)

@@ -113,6 +113,15 @@ impl Saving {
         self.under_way
     }
 
+    /// Lets what failed be tried once more, now.
+    pub fn hurry(&mut self) {
+        self.backoff.succeeded();
+    }
+
+    pub fn is_under_way(&self) -> bool {
+        self.under_way.is_some()
+    }
+
     /// Notes how it went.
     pub fn end<E>(&mut self, result: &Result<(), E>, now: Instant) {
         let files = self.under_way.take().unwrap_or_default();

@@ -9,7 +9,9 @@ use super::{MAX_MESSAGE, truncate};
 pub const READY: &str = "Ready";
 pub const RECONCILING: &str = "Reconciling";
 pub const STALLED: &str = "Stalled";
-/// On a RetentionPolicy: live content alone is more than the policy allows.
+/// On a NodeStore: the last retention run failed, or something kept it from deleting.
+pub const RETENTION_FAILED: &str = "RetentionFailed";
+/// On a RetentionPolicy and a NodeStore: live content alone is more than the policy allows.
 pub const OVER_LIMIT: &str = "OverLimit";
 /// On a RetentionPolicy: another policy governs nodes that this one selects.
 pub const SHADOWED: &str = "Shadowed";
@@ -73,6 +75,14 @@ pub mod reasons {
         RESET_BY_REBOOT = "ResetByReboot";
         /// Nine tenths of a layer's limit are used.
         SPACE_USED = "SpaceUsed";
+        /// Files were written at a layer's path while the layer was not mounted there; an event's only.
+        FILES_FOUND = "FilesFound";
+        /// A layer's own file system takes no writes any more after an error, and is in use.
+        FILE_SYSTEM_STOPPED = "FileSystemStopped";
+        /// A layer's own file system had an error, and was checked and mended; an event's only.
+        FILE_SYSTEM_CHECKED = "FileSystemChecked";
+        /// Nine tenths of the files that a layer can hold are there.
+        INODES_USED = "InodesUsed";
         /// The layer's disk was wiped or replaced.
         DATA_LOST = "DataLost";
         /// A deleted layer is still in use.

@@ -7,7 +7,7 @@ use kube::{CustomResource, KubeSchema};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Duration;
+use super::{Duration, MAX_REVISIONS};
 
 /// A tree of files that every selected node stores once, by content, and offers to layers and volumes.
 #[derive(CustomResource, KubeSchema, Serialize, Deserialize, Debug, Clone, PartialEq)]
@@ -65,7 +65,7 @@ pub struct CasManifestSpec {
 
     /// How many earlier trees of this manifest a node keeps as history.
     #[serde(default = "default_history")]
-    #[schemars(range(min = 0, max = 100), extend("format" = "int32"))]
+    #[schemars(range(min = 0, max = MAX_REVISIONS), extend("format" = "int32"))]
     pub revision_history_limit: u32,
 
     /// True: no new builds. What is stored stays, and stays usable.

@@ -45,6 +45,9 @@ pub const REQUESTED_AT: &str = "larder.dev/requestedAt";
 /// The finalizer on a WritableLayer, owned by the agent of its node.
 pub const LAYER_FINALIZER: &str = "larder.dev/layer";
 
+/// Most earlier trees that a manifest may keep as history.
+pub const MAX_REVISIONS: u32 = 100;
+
 /// Most manifests that one node is asked to hold.
 pub const MAX_NODE_MANIFESTS: usize = 256;
 

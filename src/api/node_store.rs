@@ -40,6 +40,11 @@ use super::{Duration, PolicyRules, RunSummary, Source, StoreAnalytics, StoreUsag
         type_ = "string",
         json_path = ".status.conditions[?(@.type==\"OverLimit\")].status"
     ),
+    printcolumn(
+        name = "Run-Failed",
+        type_ = "string",
+        json_path = ".status.conditions[?(@.type==\"RetentionFailed\")].status"
+    ),
     printcolumn(name = "Last-Run", type_ = "date", json_path = ".status.retention.lastRun.time"),
     printcolumn(name = "Freed", type_ = "string", json_path = ".status.retention.lastRun.freed"),
     printcolumn(

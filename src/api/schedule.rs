@@ -39,7 +39,9 @@ impl Schedule {
             .seconds(Seconds::Disallowed)
             .year(Year::Disallowed)
             .build();
-        let cron = parser.parse(fields).map_err(|error| bad(error.to_string()))?;
+        let cron = parser
+            .parse(&with_ends(fields))
+            .map_err(|error| bad(error.to_string()))?;
         let zone = match zone {
             None => TimeZone::UTC,
             Some(name) => TimeZone::get(name).map_err(|_| InvalidSchedule::Zone(name.to_owned()))?,
@@ -59,6 +61,33 @@ impl Schedule {
             .ok()
             .map(|due| due.timestamp())
     }
+}
+
+/// `5/15` is each 15th from 5 on, as in a CronJob; the parser wants the end named.
+fn with_ends(fields: &str) -> String {
+    const LAST: [&str; 5] = ["59", "23", "31", "12", "6"];
+    let split: Vec<&str> = fields.split(' ').collect();
+    if split.len() != LAST.len() {
+        return fields.to_owned();
+    }
+    let item = |item: &str, last: &str| match item.split_once('/') {
+        Some((from, step)) if from != "*" && !from.contains('-') => {
+            // Sunday has two numbers, and a range begins with the lower one.
+            let from = if last == "6" && matches!(from, "7" | "SUN") {
+                "0"
+            } else {
+                from
+            };
+            format!("{from}-{last}/{step}")
+        }
+        _ => item.to_owned(),
+    };
+    let field = |(field, last): (&&str, &str)| {
+        let items: Vec<String> = field.split(',').map(|one| item(one, last)).collect();
+        items.join(",")
+    };
+    let whole: Vec<String> = split.iter().zip(LAST).map(field).collect();
+    whole.join(" ")
 }
 
 /// The CRD's pattern: field by field with the ranges of each, so that the API server refuses a bad one.
@@ -112,6 +141,29 @@ mod tests {
             time = next;
         }
         due
+    }
+
+    #[test]
+    fn a_step_without_an_end_goes_on_to_the_last_value() {
+        let (from, to) = ("2026-01-04T00:00:00Z", "2026-02-01T00:00:00Z");
+        for (short, long) in [
+            ("5/15 * * * *", "5,20,35,50 * * * *"),
+            ("0 20/2,3 * * *", "0 3,20,22 * * *"),
+            ("0 0 29/2 * *", "0 0 29,31 * *"),
+            ("0 0 1 JAN/6 *", "0 0 1 1,7 *"),
+            ("0 0 * * 7/3", "0 0 * * 0,3,6"),
+            ("0 0 * * SUN/3", "0 0 * * 0,3,6"),
+            ("0 0 * * MON/2", "0 0 * * 1,3,5"),
+        ] {
+            let due = due_between(short, "UTC", from, to);
+            assert_eq!(due, due_between(long, "UTC", from, to), "{short}");
+            assert!(!due.is_empty() || short.contains("JAN"), "{short}");
+        }
+        // What goes backwards is none, in a CronJob neither.
+        for backwards in ["0 22-4 * * *", "0 0 * * FRI-MON"] {
+            let error = Schedule::parse(backwards, None).unwrap_err().to_string();
+            assert!(error.contains(backwards), "{error}");
+        }
     }
 
     #[test]

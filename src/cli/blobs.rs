@@ -10,12 +10,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use clap::Args;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use sha2::{Digest as _, Sha256};
 
+use super::collect::await_collection;
 use super::exit::{Exit, Failure};
 use super::io::Io;
 use super::site::Site;
 use super::text::human_size;
-use crate::store::{Digest, InvalidDigest, Needed, Reader, Removed};
+use crate::store::{BlobInfo, Digest, InvalidDigest, Needed, Reader, Removed};
 
 /// Reads a digest with or without its `sha256:`.
 fn digest(text: &str) -> Result<Digest, InvalidDigest> {
@@ -154,6 +156,10 @@ pub struct Exists {
 impl Exists {
     pub fn run(self, store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
         let blob = store.blob(&self.digest)?;
+        // Some file systems leave so much of a file after a crash: it is not that content.
+        let of_nothing = Digest::from_bytes(Sha256::digest([]).into());
+        let is_cut = |blob: &BlobInfo| blob.size == 0 && self.digest != of_nothing;
+        let blob = blob.filter(|blob| !is_cut(blob));
         if io.is_json() {
             let size = blob.map(|blob| blob.size);
             io.json(&json!({"digest": self.digest, "exists": blob.is_some(), "size": size}))?;
@@ -172,7 +178,8 @@ pub struct Rm {
 impl Rm {
     pub fn run(self, site: &Site, io: &mut Io) -> Result<Exit, Failure> {
         let digests: BTreeSet<Digest> = self.digests.into_iter().collect();
-        let removed = match site.store.remove_blobs(&digests, &site.layers)? {
+        await_collection(site, io);
+        let removed = match site.store.remove_blobs(&digests, &site.layers, &io.cancel())? {
             Ok(removed) => removed,
             Err(problems) => {
                 for problem in &problems {
@@ -184,6 +191,12 @@ impl Rm {
             }
         };
         let mut exit = Exit::Done;
+        // The later code is the worse news.
+        let mut worse = |other: Exit| {
+            if other as u8 > exit as u8 {
+                exit = other;
+            }
+        };
         let mut listed = Vec::new();
         for (digest, outcome) in &removed {
             let (state, by) = match outcome {
@@ -195,17 +208,19 @@ impl Rm {
                 }
                 Removed::Missing => {
                     io.note(&format!("{digest} is not in the store"));
-                    // Something that is needed is the worse news.
-                    if exit == Exit::Done {
-                        exit = Exit::NotFound;
-                    }
+                    worse(Exit::NotFound);
                     ("missing", Vec::new())
                 }
                 Removed::Needed(needed) => {
                     let by = users(needed);
                     io.note(&format!("{digest} stays: it is needed by {}", by.join(", ")));
-                    exit = Exit::InUse;
+                    worse(Exit::InUse);
                     ("needed", by)
+                }
+                Removed::Failed(why) => {
+                    io.note(&format!("{digest} is not removed: {why}"));
+                    worse(Exit::Failed);
+                    ("failed", Vec::new())
                 }
             };
             listed.push(json!({"digest": digest, "state": state, "neededBy": by}));

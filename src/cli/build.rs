@@ -17,6 +17,7 @@ use super::io::Io;
 use super::site::Site;
 use super::text::{counted, human_size};
 use super::trees::{OWNER, parse_name};
+use crate::api::MAX_REVISIONS;
 use crate::source::{self, ScanOptions, SourceDir};
 use crate::store::{Error, Publish, RefName, Revision};
 
@@ -36,11 +37,16 @@ pub struct BuildTree {
     #[arg(long, value_name = "GLOB")]
     exclude: Vec<String>,
     /// How many former trees of the name are kept as history.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = history_limit())]
     history_limit: u32,
     /// The folder's absolute path, if it is text.
     #[arg(skip)]
     path: Option<String>,
+}
+
+/// As many as a CasManifest may keep.
+pub fn history_limit() -> clap::builder::RangedI64ValueParser<u32> {
+    clap::value_parser!(u32).range(..=i64::from(MAX_REVISIONS))
 }
 
 impl BuildTree {

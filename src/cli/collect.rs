@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime};
 
 use clap::Args;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
@@ -17,7 +17,7 @@ use super::{policy, trees};
 use crate::api::{PolicyRules, parse_duration, parse_size};
 use crate::policy::limits;
 use crate::store::retention::{OverLimit, Policy};
-use crate::store::{Collecting, Kind, Report, Unfinished};
+use crate::store::{Collecting, Kind, Removals, Report, Unfinished};
 
 /// Delete what nothing needs, by these limits. What a ref stands for, a layer or mount shows, or a running build
 /// stores is never deleted.
@@ -111,6 +111,13 @@ impl Gc {
     }
 }
 
+/// Says so if the command will have to wait: a run takes its time, by its rate.
+pub fn await_collection(site: &Site, io: &mut Io) {
+    if site.store.is_collecting() {
+        io.note("waiting for a retention run or a verification that is under way");
+    }
+}
+
 fn collect(
     site: &Site,
     policy: &Policy,
@@ -121,7 +128,8 @@ fn collect(
 ) -> Result<Exit, Failure> {
     // What only waits for a next layer is not in use.
     site.layers.unmount_unused(Duration::ZERO)?;
-    let bar = io.progress("collecting", 0);
+    await_collection(site, io);
+    let bar = io.spinner("collecting");
     let cancel = io.cancel();
     let how = Collecting {
         dry_run,
@@ -144,9 +152,14 @@ fn collect(
     if !dry_run && let Err(error) = site.store.record_run(&report, &removals, about) {
         io.note(&format!("the run is not recorded: {error}"));
     }
-    match io.is_json() {
-        true => io.json(&report)?,
-        false => print(&report, io)?,
+    match (io.is_json(), dry_run) {
+        // Nothing is on record of it.
+        (true, true) => io.json(&Planned {
+            report: &report,
+            items: &removals,
+        })?,
+        (true, false) => io.json(&report)?,
+        (false, _) => print(&report, io)?,
     }
     if let Some(error) = failed {
         return Err(error.into());
@@ -166,6 +179,19 @@ fn collect(
             "cancelled: what is deleted stays deleted, and the next collection goes on from there",
         )),
     }
+}
+
+/// What would go, with everything that would. There may be millions, which are written one by one.
+#[derive(Serialize)]
+struct Planned<'a> {
+    #[serde(flatten)]
+    report: &'a Report,
+    #[serde(serialize_with = "each")]
+    items: &'a Removals,
+}
+
+fn each<S: Serializer>(removals: &&Removals, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(removals.iter())
 }
 
 pub fn print(report: &Report, io: &mut Io) -> Result<(), Failure> {

@@ -7,6 +7,7 @@ use std::io::{self, Write};
 
 use rustix::fs::makedev;
 
+use super::links::Links;
 use crate::store::Digest;
 use crate::store::tree::{LeafKind, Meta, Node, Tree};
 
@@ -20,13 +21,7 @@ const SOCKET: u32 = 0o140_000;
 
 /// Writes one line per name.
 pub fn write(tree: &Tree, out: &mut dyn Write) -> io::Result<()> {
-    let mut links = vec![0u32; tree.leaves.len()];
-    for entry in tree.dirs.iter().flat_map(|dir| &dir.entries) {
-        if let Node::Leaf(id) = entry.node {
-            links[id.0 as usize] = links[id.0 as usize].saturating_add(1);
-        }
-    }
-    let mut first: Vec<Option<Vec<u8>>> = vec![None; tree.leaves.len()];
+    let mut links = Links::of(tree);
     let mut walk = tree.walk();
     while let Some((path, node)) = walk.next() {
         let path = [b"/", path].concat();
@@ -46,22 +41,19 @@ pub fn write(tree: &Tree, out: &mut dyn Write) -> io::Result<()> {
                 line.write(&dir.meta, out)?;
             }
             Node::Leaf(id) => {
-                let (leaf, links) = (tree.leaf(id), links[id.0 as usize]);
+                let leaf = tree.leaf(id);
                 let (kind, size, device, payload) = inode(&leaf.kind);
-                let known = &mut first[id.0 as usize];
+                let known = links.first(id, &path);
                 let line = Line {
                     path: &path,
                     size,
                     mark: if known.is_some() { "@" } else { "" },
                     kind,
-                    links,
+                    links: links.count(id),
                     device,
                     payload: known.as_ref().or(payload.as_ref()).map(|payload| &payload[..]),
                 };
                 line.write(&leaf.meta, out)?;
-                if links > 1 && known.is_none() {
-                    *known = Some(path);
-                }
             }
         }
     }

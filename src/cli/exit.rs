@@ -163,12 +163,16 @@ impl From<layer::Error> for Failure {
             error => {
                 use layer::Error;
                 let exit = match error {
-                    Error::InUse { .. } | Error::Immutable { .. } | Error::Occupied { .. } => Exit::InUse,
+                    Error::InUse { .. } | Error::Stopped { .. } | Error::Immutable { .. } | Error::Occupied { .. } => {
+                        Exit::InUse
+                    }
                     Error::NotFound { .. } => Exit::NotFound,
                     Error::DataLost { .. } | Error::Record { .. } => Exit::Damaged,
-                    Error::TooSmall { .. } | Error::Shrink { .. } | Error::InvalidId(_) | Error::ReadOnly { .. } => {
-                        Exit::Usage
-                    }
+                    Error::TooSmall { .. }
+                    | Error::Shrink { .. }
+                    | Error::Unlimited { .. }
+                    | Error::InvalidId(_)
+                    | Error::ReadOnly { .. } => Exit::Usage,
                     Error::Io { ref source, .. } if is_full(source) => Exit::Full,
                     _ => Exit::Failed,
                 };

@@ -1,5 +1,6 @@
 //! `export`: a tree as files, or as a tar stream.
 
+use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -7,6 +8,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Args;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use serde_json::json;
 
 use super::exit::{Exit, Failure};
@@ -64,6 +67,8 @@ fn to_folder(
     io: &mut Io,
 ) -> Result<Exit, Failure> {
     let existed = is_ready(dest)?;
+    let claim = claim(dest, existed)?;
+    let mode = claim.as_ref().and_then(|folder| folder.metadata().ok());
     let stats = tree.stats();
     let watch = Arc::new(ExportWatch {
         cancel: io.cancel(),
@@ -84,10 +89,19 @@ fn to_folder(
     ended.store(true, Ordering::Relaxed);
     bar.finish_and_clear();
     if let Err(error) = exported {
-        let failure = Failure::from(error);
-        return Err(match clear(dest, existed) {
+        let mut failure = Failure::from(error);
+        if failure.exit == Exit::Full {
+            failure.message = format!("{}: {}", dest.display(), failure.message);
+            failure.hint = Some("free space on the disk of that folder".to_owned());
+        }
+        let cleared = clear(dest, existed).and_then(|()| match (&claim, mode) {
+            // The export made it private.
+            (Some(folder), Some(before)) if existed => folder.set_permissions(before.permissions()),
+            _ => Ok(()),
+        });
+        return Err(match cleared {
             Ok(()) => failure,
-            Err(left) => failure.hint(format!("what was written could not be removed: {left}")),
+            Err(left) => failure.hint(format!("the folder could not be made as it was: {left}")),
         });
     }
     match io.is_json() {
@@ -119,6 +133,28 @@ fn is_ready(dest: &Path) -> Result<bool, Failure> {
             }
         },
     }
+}
+
+/// Keeps other exports out of the folder, until it is dropped: each would remove what the other has written, should it
+/// fail.
+fn claim(dest: &Path, exists: bool) -> Result<Option<File>, Failure> {
+    if !exists && std::fs::create_dir(dest).is_err() && !dest.is_dir() {
+        // The export finds out why, and says it better.
+        return Ok(None);
+    }
+    let folder = File::open(dest).map_err(|error| Failure::file("open", dest, &error))?;
+    match rustix::fs::flock(&folder, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(Errno::WOULDBLOCK) => {
+            let message = format!("another export writes into {}", dest.display());
+            return Err(Failure::new(Exit::InUse, message).hint("name another folder"));
+        }
+        // Not every file system has locks.
+        Err(_) => return Ok(Some(folder)),
+    }
+    // One may have come to its end since it was looked.
+    is_ready(dest)?;
+    Ok(Some(folder))
 }
 
 fn clear(dest: &Path, keep_folder: bool) -> std::io::Result<()> {

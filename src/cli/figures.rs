@@ -17,7 +17,9 @@ pub struct DedupArgs {}
 
 impl DedupArgs {
     pub fn run(self, store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
+        let bar = io.spinner("reading manifests");
         let found = store.dedup()?;
+        bar.finish_and_clear();
         match io.is_json() {
             true => io.json(&found)?,
             false => print_dedup(&found, io)?,
@@ -36,7 +38,9 @@ pub struct AnalyticsArgs {
 
 impl AnalyticsArgs {
     pub fn run(self, store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
+        let bar = io.spinner("reading manifests");
         let found = store.analytics(&OfLayers(store.root()), self.top)?;
+        bar.finish_and_clear();
         match io.is_json() {
             true => io.json(&found)?,
             false => print_analytics(&found, io)?,

@@ -82,6 +82,10 @@ impl Io {
         &mut self.stdout
     }
 
+    pub fn is_stdin_terminal(&self) -> bool {
+        self.stdin.is_terminal()
+    }
+
     /// Is stdout a terminal? Then binary data is not for it.
     pub fn is_stdout_terminal(&self) -> bool {
         self.stdout.get_ref().is_terminal()
@@ -95,6 +99,19 @@ impl Io {
     /// A bar on stderr if that is a terminal and people read; else nothing is drawn. `total` 0: how much it will be is
     /// not known.
     pub fn progress(&self, what: &'static str, total: u64) -> ProgressBar {
+        let template = match total {
+            0 => "{msg} {spinner} {human_pos}, {elapsed}",
+            _ => "{msg} {wide_bar} {human_pos}/{human_len}, {elapsed}",
+        };
+        self.bar(what, Some(total), template)
+    }
+
+    /// As a bar, for work of which only can be said that it goes on.
+    pub fn spinner(&self, what: &'static str) -> ProgressBar {
+        self.bar(what, None, "{msg} {spinner} {elapsed}")
+    }
+
+    fn bar(&self, what: &'static str, total: Option<u64>, template: &str) -> ProgressBar {
         let bar = match (self.format, self.stderr.is_terminal(), self.stderr.try_clone()) {
             (Format::Text, true, Ok(stderr)) => {
                 let reader = self.stdin.try_clone().or_else(|_| stderr.try_clone());
@@ -102,13 +119,9 @@ impl Io {
                     return ProgressBar::hidden();
                 };
                 let term = console::Term::read_write_pair(reader, stderr);
-                ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::term(term, 10))
+                ProgressBar::with_draw_target(total, ProgressDrawTarget::term(term, 10))
             }
             _ => return ProgressBar::hidden(),
-        };
-        let template = match total {
-            0 => "{msg} {spinner} {human_pos}, {elapsed}",
-            _ => "{msg} {wide_bar} {human_pos}/{human_len}, {elapsed}",
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);

@@ -1,12 +1,14 @@
 //! `mount`, `umount`, `snapshot`, `layers`: layers by hand.
 
+use std::ffi::OsStr;
+use std::path::Path;
 use std::time::{Instant, SystemTime};
 
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::build::{refuse_others, tell};
+use super::build::{history_limit, refuse_others, tell};
 use super::exit::{Exit, Failure};
 use super::io::Io;
 use super::site::Site;
@@ -14,9 +16,9 @@ use super::table::Table;
 use super::text::{human_size, printable, short};
 use super::trees::{OWNER, find, parse_name};
 use crate::api::parse_size;
-use crate::layer::{self, LayerId, LayerOwner, LayerRecord, LayerSpec, Mode, OwnerKind, Stage};
+use crate::layer::{self, LayerId, LayerOwner, LayerRecord, LayerSpec, Mode, OwnerKind, Seen, Stage};
 use crate::source;
-use crate::store::{Publish, Reader};
+use crate::store::{Problem, Publish, Reader};
 
 /// Fewest characters of an id that name a layer.
 const SHORTEST: usize = 8;
@@ -78,25 +80,40 @@ impl Mount {
         let tree = find(&site.store, &self.tree)?;
         let name = self.name.or_else(|| tree.name()).unwrap_or_else(|| tree.digest.hex());
         let owner = LayerOwner::admin(name);
-        let (records, _) = layer::list(site.store.root())?;
-        let known = records.into_iter().find(|record| record.owner == owner);
-        let id = match known {
-            Some(record) => record.id,
-            None => uuid::Uuid::new_v4().to_string().parse()?,
-        };
-        let spec = LayerSpec {
-            id: id.clone(),
-            owner,
-            tree: tree.digest,
-            mode: self.mode.into(),
-            size: self.size,
-            ids: self.owner,
-        };
-        let prepared = site.layers.prepare(&spec)?;
-        if let Some(size) = self.size
-            && prepared.size.is_some_and(|now| now / 4096 != size / 4096)
+        // An agent runs several commands at once, and they must not make a layer each.
+        let (spec, prepared) = site.layers.with_owner(&owner, || {
+            let (records, _) = layer::list(site.store.root())?;
+            let known = records.into_iter().find(|record| record.owner == owner);
+            let spec = LayerSpec {
+                id: match known {
+                    Some(record) => record.id,
+                    None => uuid::Uuid::new_v4().to_string().parse()?,
+                },
+                owner: owner.clone(),
+                tree: tree.digest,
+                mode: self.mode.into(),
+                size: self.size,
+                ids: self.owner,
+            };
+            let prepared = site.layers.prepare(&spec)?;
+            Ok::<_, Failure>((spec, prepared))
+        })?;
+        if let Some(size) = self.size.filter(|_| spec.mode != Mode::ReadOnly)
+            && prepared.size.is_none_or(|now| now / 4096 != size / 4096)
         {
-            site.layers.grow(&id, size)?;
+            site.layers.grow(&spec.id, size)?;
+        }
+        if let Some(found) = &prepared.found {
+            io.note(&format!(
+                "files lay where the layer is mounted now; they are in {}",
+                found.display()
+            ));
+        }
+        if let Some(said) = &prepared.checked {
+            io.note(&format!(
+                "the layer's own file system had an error, and was checked; files in it may be lost. e2fsck said: {}",
+                printable(said)
+            ));
         }
         if prepared.lost.is_some() {
             io.note("the layer is empty: what was written before a reboot was in memory");
@@ -104,7 +121,7 @@ impl Mount {
         let path = prepared.path.display().to_string();
         match io.is_json() {
             true => io.json(&json!({
-                "id": id,
+                "id": spec.id,
                 "name": spec.owner.name,
                 "digest": spec.tree,
                 "path": path,
@@ -128,7 +145,15 @@ pub struct Umount {
 
 impl Umount {
     pub fn run(self, site: &Site, io: &mut Io) -> Result<Exit, Failure> {
-        let record = find_layer(&site.store, &self.layer)?;
+        let record = match find_layer(&site.store, &self.layer) {
+            Ok(record) => record,
+            Err(failure) => {
+                return match unreadable(&site.store, &self.layer)? {
+                    Some((id, problem)) => self.give_up(site, &id, problem, io),
+                    None => Err(failure),
+                };
+            }
+        };
         if record.owner.kind == OwnerKind::Object {
             let message = format!("the layer {} belongs to the WritableLayer {}", record.id, record.owner);
             return Err(Failure::new(Exit::InUse, message).hint("delete that object: its agent then unmounts it"));
@@ -151,6 +176,21 @@ impl Umount {
         }
         Ok(Exit::Done)
     }
+
+    /// Deletes a layer of which nothing is known but its id.
+    fn give_up(&self, site: &Site, id: &LayerId, problem: Problem, io: &mut Io) -> Result<Exit, Failure> {
+        if !self.delete {
+            let failure = Failure::new(Exit::Damaged, format!("{}: {}", problem.path, problem.message));
+            return Err(failure.hint("give --delete to delete the layer with all that was changed in it"));
+        }
+        site.layers.release(id, false)?;
+        site.layers.unmount_unused(std::time::Duration::ZERO)?;
+        match io.is_json() {
+            true => io.json(&json!({"id": id, "name": null, "state": "deleted"}))?,
+            false => io.line(&format!("{id} is deleted"))?,
+        }
+        Ok(Exit::Done)
+    }
 }
 
 /// Capture a mounted layer as a tree, and give that a name. Only the changes are read.
@@ -162,7 +202,7 @@ pub struct Snapshot {
     #[arg(long)]
     name: String,
     /// How many former trees of the name are kept as history.
-    #[arg(long, value_name = "N", default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = history_limit())]
     history_limit: u32,
 }
 
@@ -214,7 +254,7 @@ impl ListLayers {
                         "owner": record.ids.map(|(uid, gid)| json!({"uid": uid, "gid": gid})),
                         "sizeLimit": record.size,
                         "usedBytes": seen.used,
-                        "state": state(record, seen.mounted),
+                        "state": state(record, seen),
                         "path": seen.path.display().to_string(),
                     })
                 })
@@ -234,7 +274,7 @@ impl ListLayers {
                     format!("{:?}", record.mode),
                     size(record.size),
                     size(seen.used),
-                    state(record, seen.mounted).to_owned(),
+                    state(record, seen).to_owned(),
                     printable(&seen.path.display().to_string()),
                 ]);
             }
@@ -250,13 +290,25 @@ impl ListLayers {
     }
 }
 
-fn state(record: &LayerRecord, mounted: bool) -> &'static str {
-    match (record.stage, mounted) {
-        (Stage::Releasing, _) => "releasing",
-        (Stage::Making, _) => "making",
-        (Stage::Made, true) => "mounted",
-        (Stage::Made, false) => "unmounted",
+fn state(record: &LayerRecord, seen: &Seen) -> &'static str {
+    match record.stage {
+        Stage::Releasing => "releasing",
+        Stage::Making => "making",
+        Stage::Made if seen.stopped => "stopped",
+        Stage::Made if seen.mounted => "mounted",
+        Stage::Made => "unmounted",
     }
+}
+
+/// The layer with this id, if it has data and its record cannot be read.
+fn unreadable(store: &Reader, text: &str) -> Result<Option<(LayerId, Problem)>, Failure> {
+    let Ok(id) = text.parse::<LayerId>() else {
+        return Ok(None);
+    };
+    let (_, problems) = layer::list(store.root())?;
+    let folder = |problem: &Problem| Path::new(&problem.path).file_name() == Some(OsStr::new(id.as_str()));
+    let problem = problems.into_iter().find(folder);
+    Ok(problem.map(|problem| (id, problem)))
 }
 
 /// Finds a layer by the name that it was given by hand, by the namespace and name of its object, or by its id.

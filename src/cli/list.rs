@@ -9,7 +9,7 @@ use super::exit::{Exit, Failure};
 use super::io::Io;
 use super::table::Table;
 use super::text::{human_size, rfc3339, short, time};
-use crate::store::{Reader, Ref, Refs, Retired, TreeDigest};
+use crate::store::{Reader, Ref, Refs, Retired, StoredManifest, TreeDigest};
 
 /// List refs: names, and the trees that they stand for.
 #[derive(Args)]
@@ -106,7 +106,9 @@ fn manifests(store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
     if io.is_json() {
         let listed: Vec<Value> = stored
             .iter()
-            .map(|(tree, size)| json!({"digest": tree, "size": size, "refs": names.get(tree).cloned().unwrap_or_default()}))
+            .map(|StoredManifest { tree, size, .. }| {
+                json!({"digest": tree, "size": size, "refs": names.get(tree).cloned().unwrap_or_default()})
+            })
             .collect();
         io.json(&json!({"manifests": listed, "unreadable": refs.unreadable}))?;
         return Ok(exit);
@@ -116,7 +118,7 @@ fn manifests(store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
         return Ok(exit);
     }
     let mut table = Table::new(&["TREE", "SIZE", "NAMED BY"], &[1]);
-    for (tree, size) in stored {
+    for StoredManifest { tree, size, .. } in stored {
         let by = names.get(&tree).map_or("-".to_owned(), |names| names.join(", "));
         table.row([tree.to_string(), human_size(size), by]);
     }

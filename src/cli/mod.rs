@@ -21,6 +21,7 @@ mod figures;
 mod interrupt;
 mod io;
 mod layers;
+mod links;
 mod list;
 mod policy;
 mod put;
@@ -120,7 +121,7 @@ enum Read {
 /// The commands that change the store: run under its lock, here or by the agent that has it.
 #[derive(Debug, Subcommand, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
-enum Write {
+pub(crate) enum Write {
     Put(put::Put),
     Rm(blobs::Rm),
     Build(build::BuildTree),

@@ -85,6 +85,10 @@ fn check_field(schema: &Value, value: &Value) -> Result<(), String> {
             return Err(format!("does not match {pattern}"));
         }
     }
+    let of_each = &schema["additionalProperties"];
+    for (key, value) in value.as_object().into_iter().flatten() {
+        check_field(of_each, value).map_err(|wrong| format!("has {key}: {value}, which {wrong}"))?;
+    }
     Ok(())
 }
 
@@ -120,6 +124,10 @@ mod tests {
                 "spec.minCopies: 1001 is not within 1 to 1000",
             ),
             ("{nodeSelector: {}, priority: 1000001}", "spec.priority: "),
+            (
+                "{nodeSelector: {pool: -edge}}",
+                "has pool: \"-edge\", which does not match",
+            ),
             ("{nodeSelector: {}, schedule: never}", "never"),
             // The parser of schedules knows more than the API server takes.
             ("{nodeSelector: {}, schedule: '@yearly'}", "spec.schedule: "),

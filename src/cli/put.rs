@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 
 use clap::Args;
+use indicatif::ProgressBar;
 use rustix::fs::{FileType, Mode, OFlags, fstat};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -45,6 +46,11 @@ impl Put {
     pub fn run(self, site: &Site, files: Vec<OwnedFd>, io: &mut Io) -> Result<Exit, Failure> {
         let build = site.store.build()?;
         let mut blobs = Vec::new();
+        // Beside what somebody types it would only disturb.
+        let bar = match self.names.is_empty() && io.is_stdin_terminal() {
+            true => ProgressBar::hidden(),
+            false => io.spinner("storing"),
+        };
         if self.names.is_empty() {
             let blob = build.put(&mut io.stdin()).map_err(|error| cause(error, "stdin", io))?;
             blobs.push(("-", blob));
@@ -56,6 +62,7 @@ impl Put {
             blobs.push((name, put_file(&build, file, name, io)?));
         }
         let added = build.store_contents()?;
+        bar.finish_and_clear();
         if io.is_json() {
             let blobs: Vec<_> = blobs
                 .iter()

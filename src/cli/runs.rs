@@ -7,7 +7,8 @@ use super::collect::print;
 use super::exit::{Exit, Failure};
 use super::io::Io;
 use super::table::Table;
-use super::text::{human_size, time};
+use super::text::time;
+use crate::api::RunSummary;
 use crate::store::{Error, Gone, Reader, RunId, RunRecord, Runs as Recorded};
 
 /// List the collections of this store, or show one: what went, and why.
@@ -49,7 +50,7 @@ fn list(store: &Reader, io: &mut Io) -> Result<Exit, Failure> {
             text(&run.about["trigger"]),
             text(&run.about["policy"]["name"]),
             report.deleted_blobs.to_string(),
-            human_size(report.freed_bytes),
+            RunSummary::freed_text(report.freed_bytes, report.dry_run),
             state(run).to_owned(),
         ]);
     }
@@ -67,6 +68,7 @@ fn state(run: &RunRecord) -> &'static str {
         () if !report.blocked.is_empty() => "blocked",
         () if report.failed.is_some() => "failed",
         () if !report.complete => "cancelled",
+        () if report.over_limit.is_some() && report.dry_run => "dry run, over limit",
         () if report.over_limit.is_some() => "over limit",
         () if report.dry_run => "dry run",
         () => "done",

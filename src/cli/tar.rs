@@ -6,6 +6,7 @@
 
 use std::io::{self, Write};
 
+use super::links::Links;
 use crate::store::tree::{Leaf, LeafKind, Meta, Node, Tree};
 use crate::store::{Error, Reader};
 
@@ -38,7 +39,7 @@ impl Kind<'_> {
 /// with the inner one, a content was missing or damaged and the stream is cut off.
 pub fn write(store: &Reader, tree: &Tree, out: &mut dyn Write) -> io::Result<Result<Vec<Vec<u8>>, Error>> {
     let mut left_out = Vec::new();
-    let mut first: Vec<Option<Vec<u8>>> = vec![None; tree.leaves.len()];
+    let mut links = Links::of(tree);
     let mut walk = tree.walk();
     while let Some((path, node)) = walk.next() {
         let name = [b"./", path].concat();
@@ -54,19 +55,18 @@ pub fn write(store: &Reader, tree: &Tree, out: &mut dyn Write) -> io::Result<Res
             }
             Node::Leaf(id) => {
                 let leaf = tree.leaf(id);
-                if let Some(first) = &first[id.0 as usize] {
+                if leaf.kind == LeafKind::Socket {
+                    left_out.push(path.to_vec());
+                    continue;
+                }
+                if let Some(first) = links.first(id, &name) {
                     let kind = Kind {
-                        link: first,
+                        link: &first,
                         ..Kind::plain(b'1')
                     };
                     header(out, &name, &leaf.meta, kind)?;
                     continue;
                 }
-                if leaf.kind == LeafKind::Socket {
-                    left_out.push(path.to_vec());
-                    continue;
-                }
-                first[id.0 as usize] = Some(name.clone());
                 leaf
             }
         };

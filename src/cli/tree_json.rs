@@ -3,6 +3,7 @@
 use serde::ser::{SerializeMap, SerializeSeq};
 use serde::{Serialize, Serializer};
 
+use super::links::Links;
 use super::text::{lossless, rfc3339};
 use super::trees::Named;
 use crate::store::tree::{LeafId, LeafKind, Meta, Node, Tree};
@@ -63,13 +64,16 @@ impl Serialize for Entries<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let tree = self.0;
         let mut list = serializer.serialize_seq(None)?;
-        let mut first: Vec<Option<String>> = vec![None; tree.leaves.len()];
+        let mut links = Links::of(tree);
         let mut walk = tree.walk();
         while let Some((path, node)) = walk.next() {
             let path = lossless(path);
             let entry = match node {
                 Node::Dir(id) => Entry::new(&tree.dir(id).meta, path, Kind::Directory),
-                Node::Leaf(id) => leaf(tree, id, path, &mut first),
+                Node::Leaf(id) => Entry {
+                    link_to: links.first(id, &path),
+                    ..leaf(tree, id, path)
+                },
             };
             list.serialize_element(&entry)?;
         }
@@ -77,7 +81,7 @@ impl Serialize for Entries<'_> {
     }
 }
 
-fn leaf<'a>(tree: &'a Tree, id: LeafId, path: String, first: &mut [Option<String>]) -> Entry<'a> {
+fn leaf(tree: &Tree, id: LeafId, path: String) -> Entry<'_> {
     let leaf = tree.leaf(id);
     let kind = match &leaf.kind {
         LeafKind::File { digest, size } => Kind::File {
@@ -98,13 +102,7 @@ fn leaf<'a>(tree: &'a Tree, id: LeafId, path: String, first: &mut [Option<String
         LeafKind::Fifo => Kind::Fifo,
         LeafKind::Socket => Kind::Socket,
     };
-    let known = &mut first[id.0 as usize];
-    let link_to = known.clone();
-    known.get_or_insert_with(|| path.clone());
-    Entry {
-        link_to,
-        ..Entry::new(&leaf.meta, path, kind)
-    }
+    Entry::new(&leaf.meta, path, kind)
 }
 
 #[derive(Serialize)]

@@ -41,7 +41,17 @@ impl Named {
     }
 
     pub fn load(&self, store: &Reader) -> Result<Tree, Failure> {
-        Ok(store.load(&self.digest)?)
+        store.load(&self.digest).map_err(|error| match (error, &self.entry) {
+            // It should be there.
+            (Error::MissingManifest { tree }, Some(entry)) => {
+                let message = format!(
+                    "{} stands for the tree {tree}, whose manifest is not in the store",
+                    entry.name
+                );
+                Failure::new(Exit::Damaged, message).hint("build the tree again to heal it")
+            }
+            (error, _) => error.into(),
+        })
     }
 }
 
@@ -84,11 +94,14 @@ fn by_digest(store: &Reader, text: &str) -> Result<TreeDigest, Failure> {
         return Err(none(""));
     }
     let manifests = store.manifests()?;
-    let mut matching = manifests.iter().filter(|(tree, _)| tree.hex().starts_with(digits));
+    let mut matching = manifests
+        .iter()
+        .map(|manifest| manifest.tree)
+        .filter(|tree| tree.hex().starts_with(digits));
     match (matching.next(), matching.next()) {
-        (Some((tree, _)), None) => Ok(*tree),
+        (Some(tree), None) => Ok(tree),
         (None, _) => Err(none("")),
-        (Some((first, _)), Some((second, _))) => Err(none(&format!(
+        (Some(first), Some(second)) => Err(none(&format!(
             ", but several that begin so, such as {} and {}",
             short(&first.hex()),
             short(&second.hex())

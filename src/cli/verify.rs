@@ -124,14 +124,26 @@ impl Verify {
             store.verify(&options, progress, &cancel)
         })?;
         let damaged = found.bad_blobs.iter().any(|bad| !bad.healed) || !found.bad_manifests.is_empty();
-        let repaired = match self.repair && damaged && found.complete {
-            true => Some(self.repaired(store, &mut found, from.as_ref(), &cancel)?),
-            false => None,
-        };
-        let images = match found.complete {
-            true => site.layers.verify_images(&cancel)?,
-            false => ImageVerification::default(),
-        };
+        // What fails from here on is said when all is told that was found: some of it has been moved away.
+        let mut failed = found.failed.clone().map(|failed| Failure::new(Exit::Failed, failed));
+        let mut repaired = None;
+        if self.repair && damaged && found.complete {
+            let bar = io.spinner("repairing");
+            match self.repaired(store, &mut found, from.as_ref(), &cancel) {
+                Ok(done) => repaired = Some(done),
+                Err(failure) => failed = Some(failure),
+            }
+            bar.finish_and_clear();
+        }
+        let mut images = ImageVerification::default();
+        if found.complete && failed.is_none() {
+            let bar = io.spinner("comparing images");
+            match site.layers.verify_images(self.rate, &cancel) {
+                Ok(found) => images = found,
+                Err(error) => failed = Some(error.into()),
+            }
+            bar.finish_and_clear();
+        }
         // Also one that was cancelled between the images.
         found.complete &= !cancel.load(Ordering::Relaxed);
         let sound = found.is_sound() && images.is_sound();
@@ -149,14 +161,20 @@ impl Verify {
                 print_repair(repaired, io)?;
             }
         }
+        if let Some(failure) = failed {
+            return Err(failure);
+        }
         if !found.complete {
             return Err(Failure::new(
                 Exit::Cancelled,
                 "cancelled: what was found until then is told",
             ));
         }
-        if sound {
+        if sound && images.passed_over.is_empty() {
             return Ok(Exit::Done);
+        }
+        if sound {
+            return Err(Failure::new(Exit::Failed, "some images of trees could not be compared"));
         }
         if found.is_sound() {
             let failure = Failure::new(Exit::No, "layers show a damaged image of their tree");
@@ -299,10 +317,13 @@ fn fault(fault: &Fault) -> String {
 }
 
 fn state(bad: &BadBlob) -> String {
-    match (&bad.healed, &bad.quarantined, &bad.not_moved) {
-        (true, ..) => "stored again".to_owned(),
-        (_, Some(_), _) => "in quarantine".to_owned(),
-        (_, _, Some(why)) => format!("still there: {why}"),
+    if bad.healed {
+        return "stored again".to_owned();
+    }
+    match (&bad.quarantined, &bad.not_moved, &bad.not_durable) {
+        (Some(_), _, Some(why)) => format!("in quarantine, perhaps back after a power cut: {why}"),
+        (Some(_), ..) => "in quarantine".to_owned(),
+        (_, Some(why), _) => format!("still there: {why}"),
         _ => "not there".to_owned(),
     }
 }

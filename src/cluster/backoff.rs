@@ -45,6 +45,11 @@ impl Backoff {
         due
     }
 
+    /// Lets the next try be no sooner than that.
+    pub fn wait_until(&mut self, due: Instant) {
+        self.not_before = self.not_before.max(Some(due));
+    }
+
     /// Notes a success.
     pub fn succeeded(&mut self) {
         (self.failures, self.not_before) = (0, None);

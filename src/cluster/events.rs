@@ -115,3 +115,40 @@ fn news<'a>(
     *announced = said;
     find(new, kind)
 }
+
+#[cfg(test)]
+mod tests {
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::api::conditions::{OVER_LIMIT, Wanted, merge};
+
+    fn over(reason: &'static str, message: &str) -> Vec<Condition> {
+        let wanted = Wanted {
+            kind: OVER_LIMIT,
+            status: true,
+            reason,
+            message: message.to_owned(),
+        };
+        merge(&[], vec![wanted], 1, Timestamp::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn a_condition_is_told_once_while_it_stays_and_again_when_it_comes_back() {
+        let mut announced = None;
+        let mut told = |old: &[Condition], new: &[Condition]| news(OVER_LIMIT, old, new, &mut announced).is_some();
+        let (first, later) = (over("LiveContent", "20Gi"), over("LiveContent", "21Gi"));
+        assert!(told(&[], &first));
+        // The status could not be written, for an hour: the API server's is the old one still.
+        for _ in 0..60 {
+            assert!(!told(&[], &first));
+        }
+        // Other figures are no news.
+        assert!(!told(&first, &later));
+        assert!(told(&later, &over("Another", "21Gi")));
+        assert!(!told(&later, &[]));
+        assert!(told(&[], &first));
+        // A new process knows of it from the status.
+        assert!(news(OVER_LIMIT, &first, &later, &mut None).is_none());
+    }
+}

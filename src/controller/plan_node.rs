@@ -43,16 +43,15 @@ pub fn plan(index: &Index, name: &str) -> (NodePlan, BTreeSet<String>) {
         );
     }
     let (manifests, refused) = manifests(index, name, store);
-    let retention = match governing(index, name) {
-        Some((name, policy, spec)) => Some(ProjectedPolicy {
+    let retention = unreadable_policy(index, name).cloned().or_else(|| {
+        governing(index, name).map(|(name, policy, spec)| ProjectedPolicy {
             name: name.clone(),
             uid: policy.meta.uid.clone(),
             generation: policy.meta.generation,
             requested_at: policy.meta.requested_at.clone(),
             rules: usable(&spec.rules),
-        }),
-        None => unreadable_policy(index, store),
-    };
+        })
+    });
     let spec = NodeStoreSpec { manifests, retention };
     let plan = match store {
         Some(store) if store.spec == spec && store.owner_uid.is_some() => NodePlan::Keep,
@@ -114,8 +113,14 @@ fn project(key: &ObjectKey, manifest: &ManifestFacts, store: Option<&StoreFacts>
     }
 }
 
-/// The policy in force on a node: highest priority, then oldest, then first by name.
-pub fn governing<'a>(index: &'a Index, node: &str) -> Option<(&'a String, &'a PolicyFacts, &'a RetentionPolicySpec)> {
+/// The name of the policy in force on a node.
+pub fn governor<'a>(index: &'a Index, node: &str) -> Option<&'a String> {
+    let kept = unreadable_policy(index, node).map(|policy| &policy.name);
+    kept.or_else(|| governing(index, node).map(|(name, _, _)| name))
+}
+
+/// Of the policies that can be read, that for a node: highest priority, then oldest, then first by name.
+fn governing<'a>(index: &'a Index, node: &str) -> Option<(&'a String, &'a PolicyFacts, &'a RetentionPolicySpec)> {
     let labels = &index.nodes.get(node)?.labels;
     index
         .policies
@@ -137,11 +142,12 @@ fn usable(rules: &PolicyRules) -> PolicyRules {
     }
 }
 
-/// The policy that the node has stays in force while it exists and cannot be read.
-fn unreadable_policy(index: &Index, store: Option<&StoreFacts>) -> Option<ProjectedPolicy> {
-    let current = store?.spec.retention.as_ref()?;
+/// The policy that the node has stays in force while it exists and cannot be read: another one, which it may have kept
+/// away, could delete more.
+fn unreadable_policy<'a>(index: &'a Index, node: &str) -> Option<&'a ProjectedPolicy> {
+    let current = index.stores.get(node)?.spec.retention.as_ref()?;
     let policy = index.policies.get(&current.name)?;
-    (policy.spec.is_err() && policy.meta.uid == current.uid).then(|| current.clone())
+    (policy.spec.is_err() && policy.meta.uid == current.uid).then_some(current)
 }
 
 #[cfg(test)]
@@ -276,6 +282,12 @@ mod tests {
         broken.object = Err(invalid());
         index.policy(broken);
         assert_eq!(plan(&index, "n1").0, NodePlan::Keep);
+        // Also beside another one, which it may have shadowed.
+        index.policy(policy("other", 7, 1));
+        assert_eq!(plan(&index, "n1").0, NodePlan::Keep);
+        assert_eq!(governor(&index, "n1").unwrap(), "p");
+        index.policy(policy("p", 0, 1));
+        assert_eq!(spec_of(&index, "n1").retention.unwrap().name, "other");
     }
 
     #[test]

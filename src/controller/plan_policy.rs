@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 
 use super::index::{Index, StoreFacts};
-use super::plan_node::governing;
+use super::plan_node::governor;
 use crate::api::conditions::{OVER_LIMIT, SHADOWED, Verdict, Wanted, merge, reasons};
 use crate::api::{PolicyNodeCounts, PolicyRules, RetentionPolicyStatus, RetentionState, RunSummary, selects};
 
@@ -35,9 +35,9 @@ pub fn plan(index: &Index, name: &str, now: Timestamp) -> Option<RetentionPolicy
             let mut shadows: Vec<&str> = Vec::new();
             let mut governed: Vec<(&String, Option<&StoreFacts>)> = Vec::new();
             for node in selected.iter().copied() {
-                match governing(index, node) {
-                    Some((governor, _, _)) if governor == name => governed.push((node, index.stores.get(node))),
-                    Some((governor, _, _)) => shadows.push(governor),
+                match governor(index, node) {
+                    Some(governor) if governor == name => governed.push((node, index.stores.get(node))),
+                    Some(governor) => shadows.push(governor),
                     None => {}
                 }
             }

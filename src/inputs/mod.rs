@@ -11,8 +11,9 @@ use std::str::FromStr;
 
 use jiff::Timestamp;
 
-use crate::agent::{SavedSpec, parse_saved};
-use crate::api::{PolicyRules, Schedule, Size, parse_duration, parse_size};
+use crate::agent::{Memory, Room, SavedSpec, adopt, next, parse_saved};
+use crate::api::{PolicyRules, ProjectedPolicy, Schedule, Size, parse_duration, parse_size};
+use crate::cli::control::Request;
 use crate::layer::{LayerId, LayerRecord};
 use crate::source::{SourceRoot, check_globs, reread_note};
 use crate::store::tree::{Digests, FormatError, Meta, Node, Tree};
@@ -31,7 +32,7 @@ pub struct Input {
 
 const KIB: usize = 1 << 10;
 
-pub const INPUTS: [Input; 13] = [
+pub const INPUTS: [Input; 15] = [
     // Three bytes are a FIFO with its name: 100 bytes in memory, in vectors that grow by doubling, and once more sorted,
     // counted and encoded again.
     input("manifest", manifest, 200, 512 * KIB),
@@ -39,6 +40,8 @@ pub const INPUTS: [Input; 13] = [
     input("ref", reference, 200, 64 * KIB),
     input("config", config, 16, 64 * KIB),
     input("node", node, 200, 512 * KIB),
+    input("state", state, 100, 1024 * KIB),
+    input("command", command, 100, 64 * KIB),
     input("layer", layer, 100, 64 * KIB),
     input("note", note, 16, 64 * KIB),
     // The first line may be any JSON, in small parts.
@@ -170,6 +173,51 @@ pub fn note(bytes: &[u8]) {
 pub fn run(bytes: &[u8]) {
     if let Ok((record, listed)) = store::parse_run(bytes) {
         assert!(serde_json::to_vec(&record).is_ok() && listed <= bytes.len() as u64);
+    }
+}
+
+/// What the agent remembers of retention: whatever it is, there is a next run or none.
+pub fn state(bytes: &[u8]) {
+    let Ok(memory) = parse_saved::<Memory>(bytes) else {
+        return;
+    };
+    let json = serde_json::to_vec(&memory).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(parse_saved::<Memory>(&json).ok().as_ref(), Some(&memory));
+    let now = Timestamp::UNIX_EPOCH;
+    let room = Some(Room {
+        size: u64::MAX,
+        free: 0,
+        total: 1,
+    });
+    let rules = PolicyRules {
+        max_size: Some("1".into()),
+        ..PolicyRules::default()
+    };
+    let mut policy = ProjectedPolicy {
+        name: "p".to_owned(),
+        uid: memory.state.policy_uid.clone().unwrap_or_default(),
+        generation: memory.state.observed_generation,
+        requested_at: memory.state.requested_at.clone(),
+        rules,
+    };
+    for generation in [policy.generation, policy.generation.wrapping_add(1)] {
+        policy.generation = generation;
+        for policy in [None, Some(&policy)] {
+            let mut memory = memory.clone();
+            adopt(&mut memory, policy, "n", now);
+            next(&memory, policy, room, "n", now);
+            // Nothing of what was remembered is of a time that has not come.
+            let latest = now + jiff::SignedDuration::from_mins(5);
+            assert!(memory.since.max(memory.tried).is_none_or(|time| time <= latest));
+        }
+    }
+}
+
+/// A command that comes by the socket.
+pub fn command(bytes: &[u8]) {
+    if let Ok(request) = serde_json::from_slice::<Request>(bytes) {
+        let json = serde_json::to_vec(&request).unwrap_or_else(|error| panic!("{error}"));
+        assert!(serde_json::from_slice::<Request>(&json).is_ok(), "{}", text(&json));
     }
 }
 

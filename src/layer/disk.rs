@@ -6,10 +6,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use super::error::IoContext;
 use super::mount::{self, open_folder};
+use super::used::Room;
 use super::{Error, loopdev};
 
 const MIB: u64 = 1 << 20;
@@ -32,41 +33,59 @@ pub(super) fn make(image: &Path, size: u64) -> Result<(), Error> {
     // A 4 KiB block needs a journal of at least 4 MiB, a 1 KiB block 1 MiB.
     let (block, least_journal) = if size < 64 * MIB { ("1024", 1) } else { ("4096", 4) };
     let journal = (size / MIB / 64).clamp(least_journal, 64);
-    let output = Command::new("mkfs.ext4")
-        .args(["-q", "-F", "-m", "0", "-b", block, "-i", "8192", "-O", "ea_inode", "-J"])
+    let mut mkfs = Command::new("mkfs.ext4");
+    mkfs.args(["-q", "-F", "-m", "0", "-b", block, "-i", "8192", "-O", "ea_inode", "-J"])
         .arg(format!("size={journal}"))
         // Nothing is zeroed or discarded: the file is new, and holes read as zeros.
         .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
         .arg(image)
-        .stdin(Stdio::null())
-        .env("LC_ALL", "C")
-        .output();
-    let failed = |message: String| Error::Command {
-        command: format!("mkfs.ext4 {}", image.display()),
-        message,
-    };
-    let output = output.map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => failed("not found; a layer with a limit needs e2fsprogs on the node".to_owned()),
-        _ => failed(e.to_string()),
-    })?;
+        .stdin(Stdio::null());
+    let output = run(&mut mkfs)?;
     if output.status.success() {
         return Ok(());
     }
     let text = String::from_utf8_lossy(&output.stderr);
-    Err(failed(format!("{}: {}", output.status, text.trim())))
+    Err(Error::Command {
+        command: format!("mkfs.ext4 {}", image.display()),
+        message: format!("{}: {}", output.status, text.trim()),
+    })
 }
 
-/// Mounts the image's file system.
-pub(super) fn mount(image: &Path, target: &Path) -> Result<(), Error> {
-    let file = File::options()
+pub(super) fn open(image: &Path) -> Result<File, Error> {
+    File::options()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NOFOLLOW)
         .open(image)
-        .context("open", image)?;
+        .context("open", image)
+}
+
+pub(super) fn device_of(image: &Path, file: &File) -> Result<Option<loopdev::LoopDevice>, Error> {
+    loopdev::find(file).context("look for a loop device of", image)
+}
+
+/// Whether the image has a loop device, as while its file system is mounted, wherever that is.
+pub(super) fn is_attached(image: &Path) -> Result<bool, Error> {
+    Ok(device_of(image, &open(image)?)?.is_some())
+}
+
+/// Runs a program of e2fsprogs.
+pub(super) fn run(command: &mut Command) -> Result<Output, Error> {
+    let output = command.env("LC_ALL", "C").output();
+    output.map_err(|error| Error::Command {
+        command: command.get_program().to_string_lossy().into_owned(),
+        message: match error.kind() {
+            io::ErrorKind::NotFound => "not found; a layer with a limit needs e2fsprogs on the node".to_owned(),
+            _ => error.to_string(),
+        },
+    })
+}
+
+/// Mounts the image's file system.
+pub(super) fn mount(image: &Path, target: &Path) -> Result<(), Error> {
+    let file = open(image)?;
     // Another mount namespace may still have the file system mounted; over the same device, this is one more mount of it.
-    let found = loopdev::find(&file).context("look for a loop device of", image)?;
-    let device = match found {
+    let device = match device_of(image, &file)? {
         Some(device) => device,
         None => loopdev::attach(&file, image).context("attach a loop device to", image)?,
     };
@@ -78,11 +97,7 @@ pub(super) fn mount(image: &Path, target: &Path) -> Result<(), Error> {
 ///
 /// `device` is the source that mountinfo shows for the mount.
 pub(super) fn grow(image: &Path, target: &Path, device: &[u8], size: u64) -> Result<(), Error> {
-    let file = File::options()
-        .write(true)
-        .custom_flags(libc::O_NOFOLLOW)
-        .open(image)
-        .context("open", image)?;
+    let file = open(image)?;
     if file.metadata().context("stat", image)?.len() < size {
         // Durable before the file system inside counts on it.
         file.set_len(size)
@@ -101,8 +116,21 @@ pub(super) fn grow(image: &Path, target: &Path, device: &[u8], size: u64) -> Res
     }
 }
 
-/// Bytes in use on the file system that is mounted at `target`.
-pub(super) fn used(target: &Path) -> Result<u64, Error> {
+/// How full the file system is that is mounted at `target`.
+pub(super) fn room(target: &Path) -> Result<Room, Error> {
     let stat = rustix::fs::fstatvfs(open_folder(target)?.as_fd()).context("statvfs", target)?;
-    Ok(stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize))
+    Ok(Room {
+        used: stat.f_blocks.saturating_sub(stat.f_bfree).saturating_mul(stat.f_frsize),
+        // A limit is more than there is for files: ext4 keeps some for its journal, its inodes and for itself.
+        bytes_full: percent_gone(stat.f_blocks, stat.f_bavail),
+        inodes_full: percent_gone(stat.f_files, stat.f_ffree),
+        disk_full: false,
+        stopped: false,
+    })
+}
+
+/// 0 if there is no limit.
+fn percent_gone(all: u64, left: u64) -> u8 {
+    let gone = u128::from(all.saturating_sub(left)) * 100;
+    u8::try_from(gone.checked_div(u128::from(all)).unwrap_or(0)).unwrap_or(100)
 }

@@ -41,6 +41,12 @@ pub enum Error {
     Releasing { id: LayerId },
     #[error("layer {id} is in use by {by}")]
     InUse { id: LayerId, by: String },
+    /// `waits` names what for.
+    #[error(
+        "layer {id}: its own file system takes no writes any more after an error, of which the node's kernel log tells; \
+         to be checked and mounted anew it waits for {waits}"
+    )]
+    Stopped { id: LayerId, waits: String },
     #[error("layer {id}: a size can only grow: it is {from} bytes, {to} are asked for")]
     Shrink { id: LayerId, from: u64, to: u64 },
     #[error("layer {id}: {size} bytes are too few: at least {least} are needed")]

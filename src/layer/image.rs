@@ -47,26 +47,38 @@ pub(super) fn make(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) ->
 }
 
 /// Compares an image with what its tree gives, byte by byte, and puts that in its place if it is another. Was it the same?
-pub(super) fn renew(store: &Store, tree: &TreeDigest, ids: Option<(u32, u32)>) -> Result<bool, Error> {
+///
+/// `wait` is told how many bytes were written or read, and says whether to go on: `None` if not.
+pub(super) fn renew(
+    store: &Store,
+    tree: &TreeDigest,
+    ids: Option<(u32, u32)>,
+    wait: &mut dyn FnMut(u64) -> bool,
+) -> Result<Option<bool>, Error> {
     let path = path(store, tree, ids);
     let Some(image) = open(&path)? else {
-        return Ok(true);
+        return Ok(Some(true));
     };
     let made = Made::new(store, tree, ids)?;
+    let length = made.file.metadata().context("look at", &path)?.len();
+    if !wait(length) {
+        return Ok(None);
+    }
     // What cannot be read is not the same.
-    let same = are_same(&image, &made.file).unwrap_or(false);
-    if !same {
+    let same = are_same(&image, &made.file, wait).unwrap_or(Some(false));
+    if same == Some(false) {
         made.name(store, &path)?;
     }
     Ok(same)
 }
 
-fn are_same(one: &File, other: &File) -> io::Result<bool> {
+/// `None` if `wait` says so.
+fn are_same(one: &File, other: &File, wait: &mut dyn FnMut(u64) -> bool) -> io::Result<Option<bool>> {
     use std::os::unix::fs::FileExt;
     const PART: usize = 1 << 20;
     let length = one.metadata()?.len();
     if length != other.metadata()?.len() {
-        return Ok(false);
+        return Ok(Some(false));
     }
     let (mut part, mut beside) = (vec![0; PART], vec![0; PART]);
     let mut at = 0;
@@ -75,11 +87,14 @@ fn are_same(one: &File, other: &File) -> io::Result<bool> {
         one.read_exact_at(&mut part[..count], at)?;
         other.read_exact_at(&mut beside[..count], at)?;
         if part[..count] != beside[..count] {
-            return Ok(false);
+            return Ok(Some(false));
         }
         at += count as u64;
+        if !wait(count as u64) {
+            return Ok(None);
+        }
     }
-    Ok(true)
+    Ok(Some(true))
 }
 
 /// An image that has no name yet.

@@ -8,10 +8,9 @@ use super::error::IoContext;
 use super::lock::relock;
 use super::mountinfo::{self, Mount};
 use super::record::{self, sync_folder};
-use super::release::remove_folder;
 use super::{
-    Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, disk, has_disk,
-    inuse, lower, make_private, mount,
+    Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, check, disk,
+    has_disk, inuse, lower, make_point, make_private, mount,
 };
 use crate::store::remove_all;
 
@@ -22,13 +21,19 @@ impl Inner {
         if let Some(record) = &found {
             self.check(record, spec)?;
         }
-        let mounts = read_mounts()?;
+        let mut mounts = read_mounts()?;
+        if top(&mounts, &paths.disk).is_some_and(check::has_stopped) {
+            self.take_down_stopped(&spec.id, &paths)?;
+            mounts = read_mounts()?;
+        }
         let source = format!("{SOURCE_PREFIX}{}", spec.tree);
         let prepared = |record: &LayerRecord, reused| Prepared {
             path: paths.mount.clone(),
             reused,
             lost: record.lost,
             size: record.size,
+            found: None,
+            checked: None,
         };
         if let Some(mount) = top(&mounts, &paths.mount) {
             if mount.source != source.as_bytes() {
@@ -52,29 +57,53 @@ impl Inner {
             }
             None => self.begin(spec, &paths)?,
         };
-        let mounted = match record.mode {
+        let (mounted, checked) = match record.mode {
             Mode::ReadOnly => {
                 let view = self.view(&spec.tree, spec.ids)?;
                 record.made(&paths.folder)?;
-                mount::again(&view, &paths.mount)?
+                (mount::again(&view, &paths.mount)?, None)
             }
             Mode::Overlay | Mode::Tmpfs => self.merge(&mut record, &paths, &source, &mounts)?,
         };
-        make_private(&paths.mount)?;
+        let found = self.set_aside(&spec.id, &paths)?;
+        make_point(&paths.mount)?;
         mounted.attach(&paths.mount)?;
-        Ok(prepared(&record, false))
+        Ok(Prepared {
+            found,
+            checked,
+            ..prepared(&record, false)
+        })
     }
 
-    /// Mounts the merged view of a tree and what was changed, nowhere yet.
+    /// Unmounts a layer whose file system has stopped taking writes, wherever it is mounted: only then it is read anew.
+    fn take_down_stopped(&self, id: &LayerId, paths: &Paths) -> Result<(), Error> {
+        let stopped = |waits: String| Error::Stopped { id: id.clone(), waits };
+        // It can be read as it is: not before it can come back.
+        check::can_begin(&paths.image)?;
+        match self.store.check_room(0) {
+            Err(error) if error.is_disk_full() => return Err(stopped(format!("room on the disk below: {error}"))),
+            other => other?,
+        }
+        match self.take_down(id, paths, false) {
+            Err(Error::InUse { by, .. }) => Err(stopped(format!("the end of its users: {by}"))),
+            Ok(()) if disk::is_attached(&paths.image)? => {
+                Err(stopped("the end of a mount of disk.img elsewhere".to_owned()))
+            }
+            other => other,
+        }
+    }
+
+    /// Mounts the merged view of a tree and what was changed, nowhere yet. Also returns what a check of the
+    /// layer's own file system said.
     fn merge(
         &self,
         record: &mut LayerRecord,
         paths: &Paths,
         source: &str,
         mounts: &[Mount],
-    ) -> Result<mount::Detached, Error> {
+    ) -> Result<(mount::Detached, Option<String>), Error> {
         let lower = self.lower(&record.tree, record.ids)?;
-        self.bring_up(record, paths, &lower.path, mounts)?;
+        let checked = self.bring_up(record, paths, &lower.path, mounts)?;
         let changes = paths.changes(record);
         let upper = mount::open_folder(&changes.join("upper"))?;
         let work = mount::open_folder(&changes.join("work"))?;
@@ -90,14 +119,15 @@ impl Inner {
         let flags = mount::Flags {
             allow_suid: self.options.allow_suid,
         };
-        mount::overlay(&layers, self.road()?.told(), flags, &paths.mount)
+        let mounted = mount::overlay(&layers, self.road()?.told(), flags, &paths.mount)?;
+        Ok((mounted, checked))
     }
 
     /// Unmounts a layer on disk, which stays.
     pub(super) fn unmount(&self, id: &LayerId) -> Result<(), Error> {
         let paths = self.paths(id);
         self.take_down(id, &paths, false)?;
-        remove_folder(&paths.mount)
+        self.remove_point(id, &paths)
     }
 
     /// Is the layer on disk the one that is asked for?
@@ -142,6 +172,9 @@ impl Inner {
             Mode::Overlay | Mode::Tmpfs => spec.size.or(self.options.default_size).map(whole_pages),
         };
         check_size(&spec.id, spec.mode, size)?;
+        if spec.mode == Mode::Overlay {
+            self.store.check_room(disk::LEAST)?;
+        }
         // Held first, so that no collection takes the tree away between the look at it and the record.
         self.hold(&spec.id, &spec.tree)?;
         let begun = make_private(&paths.folder).and_then(|()| {
@@ -161,8 +194,14 @@ impl Inner {
         begun
     }
 
-    /// Makes or mounts the folders that overlayfs writes to.
-    fn bring_up(&self, record: &mut LayerRecord, paths: &Paths, lower: &Path, mounts: &[Mount]) -> Result<(), Error> {
+    /// Makes or mounts the folders that overlayfs writes to. Returns what a check of the layer's own file system said.
+    fn bring_up(
+        &self,
+        record: &mut LayerRecord,
+        paths: &Paths,
+        lower: &Path,
+        mounts: &[Mount],
+    ) -> Result<Option<String>, Error> {
         let disk_is_up = top(mounts, &paths.disk).is_some();
         if record.stage == Stage::Made {
             // What this process does not see mounted may still be mounted where it does not look: a second mount of one
@@ -183,8 +222,9 @@ impl Inner {
             record.write(&paths.folder)?;
         }
         if record.stage == Stage::Making {
-            return make(record, paths, lower, mounts);
+            return make(record, paths, lower, mounts).map(|()| None);
         }
+        let mut checked = None;
         let lost = |reason: &str| Error::DataLost {
             id: record.id.clone(),
             reason: reason.to_owned(),
@@ -195,6 +235,7 @@ impl Inner {
                 return Err(lost("disk.img is gone"));
             }
             make_private(&paths.disk)?;
+            checked = check::check(&record.id, &paths.image)?;
             disk::mount(&paths.image, &paths.disk)?;
         }
         let changes = paths.changes(record);
@@ -203,7 +244,7 @@ impl Inner {
                 return Err(lost("its upper or work folder is gone"));
             }
         }
-        Ok(())
+        Ok(checked)
     }
 
     pub(super) fn grow(&self, id: &LayerId, size: u64) -> Result<(), Error> {

@@ -16,7 +16,7 @@
 //! images/<tree>[-u<uid>-g<gid>].tree/   the copied tree (lower.rs)
 //! layers/<id>/layer.json                what the layer is (record.rs): written first, removed last
 //! layers/<id>/upper/, work/             its changes, without a limit
-//! layers/<id>/disk.img, disk/           or with one: an ext4 of that size, holding upper/ and work/ (disk.rs);
+//! layers/<id>/disk.img, disk/           or with one: an ext4 of that size, holding upper/ and work/ (disk.rs, check.rs);
 //!                                       for a layer in memory, a tmpfs at disk/
 //! mnt/<id>/                             the merged view
 //! mnt/images/, mnt/trees/               what layers of one tree share (shared.rs)
@@ -24,6 +24,7 @@
 //!
 //! All calls block.
 
+mod check;
 pub(crate) mod descent;
 mod disk;
 mod erofs;
@@ -47,6 +48,7 @@ mod verify;
 use std::collections::HashMap;
 use std::fs;
 use std::io;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -59,6 +61,7 @@ pub(crate) use lower::{own, unescape};
 pub use record::{LayerId, LayerOwner, LayerRecord, Lost, Mode, OwnerKind, Stage};
 pub use road::{Found, Road};
 pub use upper::Upper;
+pub use used::Room;
 pub use verify::{BadImage, ImageVerification};
 
 use crate::store::{Held, HeldTree, Hold, Holders, Problem, Store, TreeDigest};
@@ -104,6 +107,11 @@ pub struct Prepared {
     pub lost: Option<Lost>,
     /// The limit in force, in bytes.
     pub size: Option<u64>,
+    /// Where files are now that were at [`Prepared::path`] although nothing was mounted there. Who wrote them has that
+    /// folder and not the layer, until it is started again.
+    pub found: Option<PathBuf>,
+    /// What `e2fsck` said if the layer's own file system had had an error: it is mended, and files in it may be lost.
+    pub checked: Option<String>,
 }
 
 /// The layers of a store; clones share them.
@@ -117,6 +125,7 @@ struct Inner {
     root: PathBuf,
     /// One mount per upper, always: every change of a layer is made under its lock.
     locks: Locks<LayerId>,
+    owners: Locks<LayerOwner>,
     /// One at a time makes, mounts and unmounts what the layers of a tree share.
     trees: Locks<String>,
     /// Since when nobody has been seen to use it.
@@ -136,8 +145,10 @@ pub struct Seen {
     pub path: PathBuf,
     /// In this process's mount namespace.
     pub mounted: bool,
-    /// As [`Layers::used_bytes`] counts them; `None` while its file system is not mounted.
+    /// [`Room::used`]; `None` while its file system is not mounted.
     pub used: Option<u64>,
+    /// As [`Room::stopped`].
+    pub stopped: bool,
 }
 
 /// Where the parts of a layer are.
@@ -163,6 +174,7 @@ impl Layers {
             options,
             root,
             locks: Locks::default(),
+            owners: Locks::default(),
             trees: Locks::default(),
             unused: Mutex::default(),
             road: OnceLock::new(),
@@ -196,9 +208,16 @@ impl Layers {
     ///
     /// Fails with [`Error::DataLost`] if the layer was made in another store or its data is gone, with
     /// [`Error::Immutable`] if the layer was made with another owner, tree, mode or ids, and with [`Error::InUse`] if
-    /// its upper is mounted in a mount namespace that this process did not mount it in.
+    /// its upper is mounted in a mount namespace that this process did not mount it in. A layer whose own file system
+    /// takes no writes any more after an error is checked and mounted anew, or if somebody uses it [`Error::Stopped`].
     pub fn prepare(&self, spec: &LayerSpec) -> Result<Prepared, Error> {
         self.0.locks.with(&spec.id, || self.0.prepare(spec))
+    }
+
+    /// Runs `work` while no other call of this with the same owner does: to look for a layer of that owner, and to prepare
+    /// one if there is none.
+    pub fn with_owner<T>(&self, owner: &LayerOwner, work: impl FnOnce() -> T) -> T {
+        self.0.owners.with(owner, work)
     }
 
     /// Gives a prepared layer a larger limit, in bytes, while it is in use. The same size is no error, a smaller one
@@ -211,8 +230,8 @@ impl Layers {
     /// exist is no error.
     ///
     /// Fails with [`Error::InUse`] while another mount, a process or a snapshot uses the layer; its data then stays.
-    /// With `detach` (the caller's patience has ended) mounts and processes don't count: the layer is detached, and
-    /// whoever still uses it finds it emptied.
+    /// With `detach` (the caller's patience has ended) processes that see this mount of it don't count: the layer is
+    /// detached, and those find it emptied. Who mounted it elsewhere, as a container does, is waited for all the same.
     pub fn release(&self, id: &LayerId, detach: bool) -> Result<(), Error> {
         self.0.locks.with(id, || self.0.release(id, detach))
     }
@@ -222,10 +241,15 @@ impl Layers {
         self.0.locks.with(id, || self.0.unmount(id))
     }
 
-    /// Bytes that a layer's changes take: on its own file system if it has one, or else the blocks of its files.
-    pub fn used_bytes(&self, id: &LayerId) -> Result<u64, Error> {
+    /// How full a layer is.
+    pub fn room(&self, id: &LayerId) -> Result<Room, Error> {
         let record = self.record(id)?.ok_or_else(|| Error::NotFound { id: id.clone() })?;
-        used::used_bytes(&self.0.paths(id), &record)
+        let room = used::room(&self.0.paths(id), &record)?;
+        let reserve = self.0.store.check_room(0);
+        Ok(Room {
+            disk_full: record.mode == Mode::Overlay && reserve.is_err_and(|error| error.is_disk_full()),
+            ..room
+        })
     }
 
     /// How layers come by their trees on this node. Found out once.
@@ -240,11 +264,13 @@ impl Layers {
     }
 
     /// Compares every image of a tree with what the tree gives, byte by byte, and replaces those that differ. Takes about
-    /// as long as making them; layers that are prepared meanwhile wait for the image of their tree only.
+    /// as long as making them; layers that are prepared meanwhile wait for the image of their tree only. `rate`: bytes per
+    /// second, of images that are made and that are read, in the mean: one is made in one go.
     ///
-    /// After `cancel` is set it ends after the image under way. Copies of trees (the road [`Road::Copy`]) are not compared.
-    pub fn verify_images(&self, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
-        self.0.verify_images(cancel)
+    /// After `cancel` is set it ends soon, at the latest when the image under way is made. Copies of trees (the road
+    /// [`Road::Copy`]) are not compared.
+    pub fn verify_images(&self, rate: Option<NonZeroU64>, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
+        self.0.verify_images(rate, cancel)
     }
 
     /// As [`list`], of this store. Its folder of layers was made when they were opened: that it is not there is an error.
@@ -319,9 +345,11 @@ pub fn look(root: &Path, record: &LayerRecord) -> Result<Seen, Error> {
     let mounts = life::read_mounts()?;
     let is_up = |point: &Path| life::top(&mounts, point).is_some();
     let counted = record.stage == Stage::Made && (!has_disk(record) || is_up(&paths.disk));
+    let room = counted.then(|| used::room(&paths, record)).transpose()?;
     Ok(Seen {
         mounted: is_up(&paths.mount),
-        used: counted.then(|| used::used_bytes(&paths, record)).transpose()?,
+        used: room.map(|room| room.used),
+        stopped: room.is_some_and(|room| room.stopped),
         path: paths.mount,
     })
 }
@@ -438,6 +466,30 @@ fn has_disk(record: &LayerRecord) -> bool {
 }
 
 /// Makes a folder that only root enters; one that is there already is good.
+/// Makes the folder that a layer is mounted at. While nothing is, nobody writes into it, where its file system knows that
+/// (chattr(1) `+i`): who comes before the layer is back must not take the folder for the layer.
+fn make_point(folder: &Path) -> Result<(), Error> {
+    make_private(folder)?;
+    set_fixed(folder, true);
+    Ok(())
+}
+
+/// Lets nobody change what is in a folder, or everybody again. Without a word where that cannot be had: it is a help, and
+/// nothing relies on it.
+fn set_fixed(folder: &Path, fixed: bool) {
+    use rustix::fs::{IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags};
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(folder) = rustix::fs::open(folder, flags, Mode::empty()) else {
+        return;
+    };
+    if let Ok(mut flags) = ioctl_getflags(&folder)
+        && flags.contains(IFlags::IMMUTABLE) != fixed
+    {
+        flags.set(IFlags::IMMUTABLE, fixed);
+        let _ = ioctl_setflags(&folder, flags);
+    }
+}
+
 fn make_private(folder: &Path) -> Result<(), Error> {
     use std::os::unix::fs::DirBuilderExt;
     match fs::DirBuilder::new().mode(0o700).create(folder) {

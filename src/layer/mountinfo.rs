@@ -28,6 +28,16 @@ pub struct Mount {
     pub options: Vec<u8>,
 }
 
+impl Mount {
+    /// Does it say that its file system, an ext4, has stopped taking writes for good? After an error that it cannot go on
+    /// from it says `emergency_ro` since Linux 6.15, and `ro` on some before; `shutdown` when somebody asked for it, and on
+    /// some kernels after an error, too.
+    pub fn has_stopped(&self) -> bool {
+        let mut options = self.options.split(|b| *b == b',');
+        self.fs_type == "ext4" && options.any(|option| [&b"ro"[..], b"emergency_ro", b"shutdown"].contains(&option))
+    }
+}
+
 /// The mounts of this process's own mount namespace, in the order in which the kernel lists them: of two mounts at
 /// one point, the later one is on top.
 pub fn of_self() -> io::Result<Vec<Mount>> {
@@ -74,7 +84,8 @@ fn parse_line(line: &[u8]) -> Option<Mount> {
             master = Some(number(group)?);
         }
     }
-    let fs_type = text(fields.next()?)?.to_owned();
+    // With a subtype, which whoever mounted a FUSE chose freely.
+    let fs_type = String::from_utf8_lossy(fields.next()?).into_owned();
     let source = unescape(fields.next()?);
     let options = unescape(fields.next()?);
     Some(Mount {
@@ -150,6 +161,30 @@ mod tests {
                 options: b"rw,upperdir=/u,".to_vec(),
             }]
         );
+    }
+
+    #[test]
+    fn a_type_that_is_no_text_spoils_no_other_line() {
+        let mounts = parse(b"36 35 0:45 / /mnt rw - fuse.\xff\xfe source rw\n").unwrap();
+        assert_eq!(
+            (&*mounts[0].fs_type, &mounts[0].source[..]),
+            ("fuse.\u{fffd}\u{fffd}", &b"source"[..])
+        );
+    }
+
+    #[test]
+    fn a_file_system_that_takes_no_writes_any_more_says_so() {
+        for (options, stopped) in [
+            ("ext4 /dev/loop0 rw,errors=remount-ro", false),
+            ("ext4 /dev/loop0 ro,errors=remount-ro", true),
+            ("ext4 /dev/loop0 rw,errors=remount-ro,emergency_ro", true),
+            ("ext4 /dev/loop0 rw,shutdown", true),
+            // Somebody's doing, and it would not come back.
+            ("tmpfs larder-layer ro,size=8k", false),
+        ] {
+            let line = format!("1 0 7:0 / /mnt rw - {options}\n");
+            assert_eq!(parse(line.as_bytes()).unwrap()[0].has_stopped(), stopped, "{options}");
+        }
     }
 
     #[test]

@@ -66,7 +66,7 @@ impl<'de> Deserialize<'de> for LayerId {
 }
 
 /// What a layer belongs to, which says who releases it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LayerOwner {
     #[serde(default, skip_serializing_if = "OwnerKind::is_object")]
     pub kind: OwnerKind,
@@ -76,7 +76,7 @@ pub struct LayerOwner {
 }
 
 /// Kinds of what a layer belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
 pub enum OwnerKind {
     /// A WritableLayer. Without it, the layer is an orphan.
     #[default]
@@ -171,7 +171,7 @@ pub struct LayerRecord {
 }
 
 impl LayerRecord {
-    pub(super) fn new(spec: &super::LayerSpec, size: Option<u64>, store_id: &str) -> Self {
+    pub(crate) fn new(spec: &super::LayerSpec, size: Option<u64>, store_id: &str) -> Self {
         Self {
             version: VERSION,
             id: spec.id.clone(),

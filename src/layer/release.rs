@@ -2,15 +2,20 @@
 
 use std::fs;
 use std::io;
-use std::path::Path;
-use std::time::Duration;
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::error::IoContext;
 use super::life::{is_upper_of, read_mounts, top};
 use super::lock::relock;
 use super::record::{self, sync_folder};
-use super::{Error, Inner, LayerId, LayerRecord, Mode, Paths, Stage, inuse, mount};
+use super::{Error, Inner, LayerId, LayerRecord, Mode, Paths, Stage, inuse, make_private, mount, set_fixed};
 use crate::store::remove_all;
+
+/// Where files are kept that were written into the folder of a layer while that was not mounted there.
+const FOUND: &str = "found";
 
 /// How often, and after what pause, something busy that nobody is seen to use is tried again.
 const TRIES: u32 = 5;
@@ -42,12 +47,11 @@ impl Inner {
             Some(Mode::ReadOnly) => None,
             _ => top(&mounts, &paths.mount).map(|m| m.dev),
         };
-        if !detach {
-            let users = inuse::mounts(dev, &paths.mount, |m| is_upper_of(m, id))
-                .context("look for other mounts of", &paths.mount)?;
-            if !users.is_empty() {
-                return Err(in_use(users.join(", ")));
-            }
+        // However long they take: under a pod that still has the layer, its files would vanish, and its tree could.
+        let users = inuse::mounts(dev, &paths.mount, |m| is_upper_of(m, id))
+            .context("look for other mounts of", &paths.mount)?;
+        if !users.is_empty() {
+            return Err(in_use(users.join(", ")));
         }
         for point in [&paths.mount, &paths.disk] {
             for mount in mounts.iter().filter(|m| m.point == *point) {
@@ -82,9 +86,43 @@ impl Inner {
         Ok(())
     }
 
+    /// Removes the folder that the layer is mounted at, with nothing mounted there.
+    pub(super) fn remove_point(&self, id: &LayerId, paths: &Paths) -> Result<(), Error> {
+        self.set_aside(id, paths)?;
+        set_fixed(&paths.mount, false);
+        match fs::remove_dir(&paths.mount) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", &paths.mount, e)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Moves away what lies in the folder that the layer is mounted at, with nothing mounted there; returns where to.
+    ///
+    /// A pod that starts before the layer is mounted again after a reboot writes into the folder itself. That is no part
+    /// of the layer, and may be somebody's only copy.
+    pub(super) fn set_aside(&self, id: &LayerId, paths: &Paths) -> Result<Option<PathBuf>, Error> {
+        let is_empty = match fs::read_dir(&paths.mount) {
+            Ok(mut entries) => entries.next().is_none(),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => true,
+            Err(e) => return Err(Error::io("list", &paths.mount, e)),
+        };
+        if is_empty {
+            return Ok(None);
+        }
+        set_fixed(&paths.mount, false);
+        let found = self.root.join(FOUND);
+        make_private(&found)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let to = found.join(format!("{id}-{}", now.as_millis()));
+        match renameat_with(CWD, &paths.mount, CWD, &to, RenameFlags::NOREPLACE) {
+            Ok(()) => Ok(Some(to)),
+            Err(errno) => Err(Error::io("move away what lies in", &paths.mount, errno.into())),
+        }
+    }
+
     /// Removes what is on disk of an unmounted layer, its record last.
     fn remove(&self, id: &LayerId, paths: &Paths) -> Result<(), Error> {
-        remove_folder(&paths.mount)?;
+        self.remove_point(id, paths)?;
         let entries = match fs::read_dir(&paths.folder) {
             Ok(entries) => entries,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -120,12 +158,5 @@ impl Inner {
             true => sync_folder(&self.root.join("layers")),
             false => Ok(()),
         }
-    }
-}
-
-pub(super) fn remove_folder(path: &Path) -> Result<(), Error> {
-    match fs::remove_dir(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
-        _ => Ok(()),
     }
 }

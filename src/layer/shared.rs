@@ -10,6 +10,7 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -19,7 +20,7 @@ use super::life::{read_mounts, top};
 use super::lock::relock;
 use super::mount::{self, Flags, Overlay, open_folder};
 use super::road::{Road, mount_image};
-use super::{Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, list, lower, make_private};
+use super::{Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, is_elsewhere, list, lower, make_private};
 use crate::store::TreeDigest;
 
 pub(super) const IMAGES: &str = "images";
@@ -137,6 +138,7 @@ impl Inner {
             .filter(|mount| folders.iter().any(|folder| mount.point.parent() == Some(folder)))
             .filter_map(|mount| Some(mount.point.file_name()?.to_str()?.to_owned()))
             .collect();
+        self.remove_points(&folders, &stems)?;
         let mut gone = 0;
         let now = Instant::now();
         relock(&self.unused).retain(|stem, _| stems.contains(stem));
@@ -167,6 +169,36 @@ impl Inner {
         Ok(gone)
     }
 
+    /// Removes the folders on which nothing is mounted any more since a reboot, for trees that nobody needs.
+    fn remove_points(&self, folders: &[PathBuf], mounted: &HashSet<String>) -> Result<(), Error> {
+        let mut left = HashSet::new();
+        for folder in folders {
+            let entries = match fs::read_dir(folder) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => continue,
+                entries => entries.context("list", folder)?,
+            };
+            for entry in entries {
+                left.extend(entry.context("list", folder)?.file_name().into_string());
+            }
+        }
+        for stem in left.difference(mounted) {
+            self.trees.with(stem, || -> Result<(), Error> {
+                if self.is_used(stem)? {
+                    return Ok(());
+                }
+                let mounts = read_mounts()?;
+                for point in folders.iter().map(|folder| folder.join(stem)) {
+                    if top(&mounts, &point).is_none() {
+                        // An empty folder that stays does no harm.
+                        let _ = fs::remove_dir(&point);
+                    }
+                }
+                Ok(())
+            })?;
+        }
+        Ok(())
+    }
+
     /// Is there a layer over this tree, or another mount that shows it, in whatever namespace? Call with its lock held.
     fn is_used(&self, stem: &str) -> Result<bool, Error> {
         let (records, problems) = list(&self.root)?;
@@ -180,7 +212,9 @@ impl Inner {
         let source = tree_of(stem).map(|tree| format!("{SOURCE_PREFIX}{tree}"));
         let dev = top(&mounts, &view).map(|mount| mount.dev);
         let shows = |mount: &super::mountinfo::Mount| {
-            mount.point != view && source.as_ref().is_some_and(|source| mount.source == source.as_bytes())
+            let shows_tree = source.as_ref().is_some_and(|source| mount.source == source.as_bytes());
+            // The same tree may be in another store, too.
+            mount.point != view && shows_tree && !is_elsewhere(mount, &self.root)
         };
         let users = inuse::mounts(dev, &view, shows).context("look for other mounts of", &view)?;
         Ok(!users.is_empty())

@@ -10,27 +10,49 @@ use rustix::fs::{AtFlags, FileType, statat};
 use super::descent::{Descent, names};
 use super::error::IoContext;
 use super::life::{read_mounts, top};
-use super::{Error, LayerRecord, Mode, Paths, disk, has_disk};
+use super::{Error, LayerRecord, Mode, Paths, check, disk, has_disk};
 
-/// Bytes on the layer's own file system if it has one, or else the blocks of its files.
-pub(super) fn used_bytes(paths: &Paths, record: &LayerRecord) -> Result<u64, Error> {
+/// How full a layer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Room {
+    /// Bytes that its changes take: on its own file system if it has one, or else the blocks of its files.
+    pub used: u64,
+    /// Per cent of its own file system's room for files that are taken; 0 without a limit.
+    pub bytes_full: u8,
+    /// Likewise of its inodes: every file and folder that is made or changed takes one.
+    pub inodes_full: u8,
+    /// Its own file system takes no writes any more, after an error: [`Layers::prepare`](super::Layers::prepare) makes it
+    /// usable again when nobody uses it.
+    pub stopped: bool,
+    /// Its changes are on the store's disk in the end, and that has less free than is reserved.
+    pub disk_full: bool,
+}
+
+pub(super) fn room(paths: &Paths, record: &LayerRecord) -> Result<Room, Error> {
+    let of_bytes = |used| Room {
+        used,
+        ..Room::default()
+    };
     if record.mode == Mode::ReadOnly {
-        return Ok(0);
+        return Ok(Room::default());
     }
     if !has_disk(record) {
         let upper = paths.folder.join("upper");
         return match File::open(&upper) {
-            Ok(folder) => allocated(folder).context("count the blocks in", &upper),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+            Ok(folder) => Ok(of_bytes(allocated(folder).context("count the blocks in", &upper)?)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Room::default()),
             Err(e) => Err(Error::io("open", &upper, e)),
         };
     }
-    if top(&read_mounts()?, &paths.disk).is_some() {
-        return disk::used(&paths.disk);
+    if let Some(mount) = top(&read_mounts()?, &paths.disk) {
+        return Ok(Room {
+            stopped: check::has_stopped(mount),
+            ..disk::room(&paths.disk)?
+        });
     }
     match fs::symlink_metadata(&paths.image) {
-        Ok(image) => Ok(image.blocks() * 512),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(0),
+        Ok(image) => Ok(of_bytes(image.blocks() * 512)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Room::default()),
         Err(e) => Err(Error::io("stat", &paths.image, e)),
     }
 }

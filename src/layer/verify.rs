@@ -1,6 +1,7 @@
 //! Are the images of trees what their trees give? One that is not is replaced: it is a cache, and can be made again.
 
 use std::fs;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,7 +11,7 @@ use super::error::IoContext;
 use super::life::{read_mounts, top};
 use super::shared::{IMAGES, parts_of};
 use super::{Error, Inner, image};
-use crate::store::{Problem, TreeDigest};
+use crate::store::{Pace, Problem, TreeDigest};
 
 /// What was found of the images.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -34,6 +35,12 @@ pub struct BadImage {
     pub mounted: bool,
 }
 
+enum Compared {
+    Alike,
+    Bad(BadImage),
+    Cancelled,
+}
+
 impl ImageVerification {
     /// Does nothing show a damaged image any more?
     pub fn is_sound(&self) -> bool {
@@ -42,7 +49,11 @@ impl ImageVerification {
 }
 
 impl Inner {
-    pub(super) fn verify_images(&self, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
+    pub(super) fn verify_images(
+        &self,
+        rate: Option<NonZeroU64>,
+        cancel: &AtomicBool,
+    ) -> Result<ImageVerification, Error> {
         let folder = self.store.images_dir();
         let mut names = Vec::new();
         for entry in fs::read_dir(&folder).context("list", &folder)? {
@@ -54,34 +65,58 @@ impl Inner {
         }
         names.sort();
         let mut found = ImageVerification::default();
+        let mut pace = Pace::new(rate);
         for (stem, tree, ids) in names {
             if cancel.load(Ordering::Relaxed) {
                 break;
             }
-            match self.trees.with(&stem, || self.verify_image(&stem, tree, ids)) {
-                Ok(bad) => {
+            let verified = self.trees.with(&stem, || {
+                self.verify_image(&stem, tree, ids, &mut |bytes| pace.wait(bytes, cancel))
+            });
+            match verified {
+                Ok(Compared::Alike) => found.images += 1,
+                Ok(Compared::Bad(bad)) => {
                     found.images += 1;
-                    found.bad.extend(bad);
+                    found.bad.push(bad);
                 }
-                // A tree without a whole manifest, a disk without room: what was found besides is told all the same.
-                Err(error) => found.passed_over.push(Problem {
-                    path: image::path(&self.store, &tree, ids).display().to_string(),
-                    message: error.to_string(),
-                }),
+                Ok(Compared::Cancelled) => break,
+                // A tree without a whole manifest, a disk without room: what was found besides is told all the same. A
+                // collection may have taken the image with its tree.
+                Err(error) => {
+                    let path = image::path(&self.store, &tree, ids);
+                    if fs::symlink_metadata(&path).is_ok() {
+                        found.passed_over.push(Problem {
+                            path: path.display().to_string(),
+                            message: error.to_string(),
+                        });
+                    }
+                }
             }
         }
         Ok(found)
     }
 
     /// Compares one image, and replaces it if it is another. Call with its lock held.
-    fn verify_image(&self, stem: &str, tree: TreeDigest, ids: Option<(u32, u32)>) -> Result<Option<BadImage>, Error> {
+    fn verify_image(
+        &self,
+        stem: &str,
+        tree: TreeDigest,
+        ids: Option<(u32, u32)>,
+        wait: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Compared, Error> {
         // No collection takes the image meanwhile.
         let _hold = self.store.hold(&tree)?;
         // Before anything is replaced: what is replaced must be told. The lock keeps it mounted, or not.
         let point = self.root.join("mnt").join(IMAGES).join(stem);
         let mounted = top(&read_mounts()?, &point).is_some();
-        let same = image::renew(&self.store, &tree, ids)?;
-        let path = image::path(&self.store, &tree, ids);
-        Ok((!same).then_some(BadImage { path, tree, mounted }))
+        Ok(match image::renew(&self.store, &tree, ids, wait)? {
+            None => Compared::Cancelled,
+            Some(true) => Compared::Alike,
+            Some(false) => Compared::Bad(BadImage {
+                path: image::path(&self.store, &tree, ids),
+                tree,
+                mounted,
+            }),
+        })
     }
 }

@@ -127,7 +127,7 @@ impl Work<'_> {
             Origin::Recorded(_) => opened.iter().collect(),
         };
         let mut failed = None;
-        store.paths(&hurt.digest, &mut |digest, size, path| {
+        let listed = store.paths(&hurt.digest, &mut |digest, size, path| {
             if !self.lost.contains_key(digest) {
                 return true;
             }
@@ -145,7 +145,12 @@ impl Work<'_> {
                 }
             }
             !self.lost.is_empty() && !self.cancel.load(Ordering::Relaxed)
-        })?;
+        });
+        match listed {
+            // Retention has dropped it since: nothing of it is needed any more.
+            Err(store::Error::MissingManifest { .. }) => {}
+            listed => listed?,
+        }
         failed.map_or(Ok(()), Err)
     }
 
@@ -164,7 +169,10 @@ impl Work<'_> {
             Ok(file) => match self.build.put_file(&file) {
                 Ok(blob) if blob.digest == *digest => Ok(blob),
                 Ok(other) => {
-                    self.build.forget(&other)?;
+                    // One that is not new may be what another lost file was put for, and waits for its name.
+                    if other.new {
+                        self.build.forget(&other)?;
+                    }
                     Err("it has other bytes now".to_owned())
                 }
                 Err(store::Error::Source(error)) => Err(error.to_string()),

@@ -4,8 +4,7 @@ use std::ffi::CString;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{AtFlags, Dir, FileType, Stat, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT};
@@ -21,22 +20,8 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-/// Takes a lock that may be held for long; `None` if that is cancelled before.
-pub(super) fn lock_unless<'a, T>(mutex: &'a Mutex<T>, cancel: &AtomicBool) -> Option<MutexGuard<'a, T>> {
-    point();
-    loop {
-        match mutex.try_lock() {
-            Ok(guard) => return Some(guard),
-            Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
-            Err(TryLockError::WouldBlock) if cancel.load(Ordering::Relaxed) => return None,
-            Err(TryLockError::WouldBlock) => {}
-        }
-        let_others(Duration::from_millis(10));
-    }
-}
-
 /// Waits a little for what another thread does.
-fn let_others(time: Duration) {
+pub(super) fn let_others(time: Duration) {
     #[cfg(test)]
     if super::turns::pass_on() {
         return;
@@ -45,7 +30,7 @@ fn let_others(time: Duration) {
 }
 
 /// Where a test may let another thread go on.
-fn point() {
+pub(super) fn point() {
     #[cfg(test)]
     super::turns::point();
 }

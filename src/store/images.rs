@@ -1,8 +1,9 @@
 //! Derived images of trees, as the collector sees them. Making and mounting them is not the store's business.
 
 use std::os::fd::OwnedFd;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
+use rustix::fs::Mode;
 use rustix::io::Errno;
 
 use super::disk::{self, Step};
@@ -17,6 +18,7 @@ pub(super) struct Image {
     pub tree: TreeDigest,
     /// Bytes of its files. What lies deeper than 64 folders is not counted.
     pub size: u64,
+    /// Made, or seen in use by a collection.
     pub last_used: SystemTime,
 }
 
@@ -42,17 +44,35 @@ pub(super) fn list(store: &Folder) -> Result<Vec<Image>, Error> {
             true => tree_size(&dir, &name).map_err(|e| Error::io("count", store.path(IMAGES).join(&name), e))?,
             false => stat.st_size.max(0) as u64,
         };
-        // The time of a copied tree's root is the tree's; of its change on disk, ours.
-        let changed = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(stat.st_ctime.max(0) as u64);
+        // The time of a copied tree's root is the tree's; of its change on disk, ours (see `note_use`).
+        let changed = Duration::new(stat.st_ctime.max(0) as u64, stat.st_ctime_nsec as u32);
         found.push(Image {
             name,
             tree,
             size,
-            last_used: changed,
+            last_used: SystemTime::UNIX_EPOCH + changed,
         });
     }
     found.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(found)
+}
+
+/// Notes that an image is used: the time of its change is set by a change that is none.
+pub(super) fn note_use(store: &Folder, name: &str) -> Result<(), Error> {
+    let path = format!("{IMAGES}/{name}");
+    let noted = files::stat(&store.dir, path.as_str()).and_then(|stat| match stat {
+        Some(stat) => disk::chmod(
+            Step::InUseTouch,
+            &store.dir,
+            path.as_str(),
+            Mode::from_raw_mode(stat.st_mode),
+        ),
+        None => Ok(()),
+    });
+    match noted {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(Error::io("touch", store.path(&path), error)),
+    }
 }
 
 fn tree_size(at: &OwnedFd, name: &str) -> Result<u64, Errno> {

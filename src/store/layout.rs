@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::disk::{self, Step};
 use super::error::is_full;
+use super::fair::FairLock;
 use super::files::{self, lock};
 use super::leases::Leases;
 use super::{Digest, Error, Options, TreeDigest, remove};
@@ -125,9 +126,9 @@ pub(super) struct Inner {
     /// A ref is changed under the lock of its name's hash.
     pub ref_locks: Vec<Mutex<()>>,
     /// Held by the running collection, and by who reads all manifests as one.
-    pub collecting: Mutex<()>,
+    pub collecting: FairLock,
     /// Held by the running verification.
-    pub verifying: Mutex<()>,
+    pub verifying: FairLock,
     /// How many blobs were quarantined since the store was opened. Held for writing while one is moved, for reading
     /// while a publish, having seen that none of its blobs was, names its manifest and its ref.
     moved: RwLock<u64>,
@@ -153,8 +154,8 @@ impl Inner {
             shards: (0..256).map(|_| Mutex::default()).collect(),
             leases: Leases::default(),
             ref_locks: (0..64).map(|_| Mutex::default()).collect(),
-            collecting: Mutex::default(),
-            verifying: Mutex::default(),
+            collecting: FairLock::default(),
+            verifying: FairLock::default(),
             moved: RwLock::default(),
             next: AtomicU64::new(1),
             _lock: lock,
@@ -309,8 +310,10 @@ fn take_lock(root: &Path, dir: &OwnedFd) -> Result<File, Error> {
     let path = root.join(LOCK);
     let file = disk::create(Step::LockCreate, dir, LOCK, OFlags::RDWR, 0o600);
     let file = file.map_err(|e| Error::io("open", &path, e))?;
-    // A child that the last holder forked holds the lock with it until it becomes another program, which is a moment.
-    let patience = Instant::now() + Duration::from_millis(500);
+    // A child that the last holder forked holds the lock with it until it becomes another program, which is a moment; but
+    // not where many tests start programs on a busy machine.
+    let moment = if cfg!(test) { 5000 } else { 500 };
+    let patience = Instant::now() + Duration::from_millis(moment);
     let mut locked = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);
     while locked == Err(rustix::io::Errno::WOULDBLOCK) && Instant::now() < patience {
         std::thread::sleep(Duration::from_millis(10));

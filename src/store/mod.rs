@@ -16,6 +16,7 @@ mod digest;
 mod disk;
 mod error;
 mod export;
+mod fair;
 mod files;
 mod gc;
 mod images;
@@ -59,11 +60,15 @@ use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
 pub use files::{is_settled, read_bounded};
-pub use gc::{Collecting, Decision, DroppedHistory, Gone, Held, HeldTree, Holders, Kind, Removals, Report, Unfinished};
+pub use gc::{
+    Collecting, Decision, DroppedHistory, Gone, Held, HeldTree, Holders, Kind, Removals, Report, StoredManifest,
+    Unfinished,
+};
 pub use layout::object_name;
 #[cfg(any(test, fuzzing))]
 pub use layout::parse_config_id as parse_config;
 pub use leases::Hold;
+pub(crate) use pace::Pace;
 pub use publish::Publish;
 pub use quarantine::QUARANTINE_AGE;
 pub use reader::{BlobInfo, Reader};
@@ -117,6 +122,12 @@ impl Store {
     /// not in the store (any more).
     pub fn hold(&self, tree: &TreeDigest) -> Result<Hold, Error> {
         Hold::take_stored(&self.inner, tree)
+    }
+
+    /// Is there room for so many bytes more, and for what stays free ([`Options::reserved_free`])?
+    /// [`Error::DiskFull`] if not.
+    pub fn check_room(&self, needed: u64) -> Result<(), Error> {
+        self.inner.reserve(needed)
     }
 
     /// An empty folder on the store's file system, removed with all its content when dropped, and at the next start.

@@ -10,7 +10,7 @@ const CREDIT: Duration = Duration::from_millis(100);
 /// Longest sleep without a look whether to stop.
 const SLICE: Duration = Duration::from_millis(50);
 
-pub(super) struct Pace {
+pub struct Pace {
     /// Bytes, or whatever is counted, per second.
     rate: Option<NonZeroU64>,
     /// When the next one may be.

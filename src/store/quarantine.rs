@@ -21,11 +21,19 @@ pub const QUARANTINE_AGE: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// Device and inode of a file.
 pub(super) type FileId = (u64, u64);
 
-/// Moves a blob away if its name still stands for the file that was judged; returns where it is now. `None` if it is
-/// gone or another file by now.
+/// A blob that was moved away.
+#[derive(Debug)]
+pub(super) struct Taken {
+    /// Where it is now.
+    pub path: PathBuf,
+    /// Why a crash may bring it back under its name.
+    pub not_synced: Option<Error>,
+}
+
+/// Moves a blob away if its name still stands for the file that was judged. `None` if it is gone or another file by now.
 ///
 /// Builds that found the blob present lose their lease on it: what they publish must not name it (see `publish.rs`).
-pub(super) fn take(store: &Inner, digest: &Digest, judged: FileId, now: SystemTime) -> Result<Option<PathBuf>, Error> {
+pub(super) fn take(store: &Inner, digest: &Digest, judged: FileId, now: SystemTime) -> Result<Option<Taken>, Error> {
     let path = object_path(digest);
     let mut shard = lock(store.shard(digest));
     if shard.is_leaving(digest) {
@@ -51,11 +59,17 @@ pub(super) fn take(store: &Inner, digest: &Digest, judged: FileId, now: SystemTi
     shard.counted = None;
     drop(shard);
     // A crash must not bring the name back: whoever finds it takes it for good.
+    let mut not_synced = None;
     for folder in [QUARANTINE, &shard_path(digest.as_bytes()[0])] {
         let synced = files::open_dir(&store.dir, folder).and_then(|dir| disk::fsync(Step::QuarantineSync, dir));
-        synced.map_err(|e| Error::io("sync", store.path(folder), e))?;
+        if let Err(error) = synced {
+            not_synced.get_or_insert(Error::io("sync", store.path(folder), error));
+        }
     }
-    Ok(Some(store.path(taken)))
+    Ok(Some(Taken {
+        path: store.path(taken),
+        not_synced,
+    }))
 }
 
 fn move_away(store: &Inner, digest: &Digest, from: &str, now: SystemTime) -> Result<String, Error> {
@@ -147,7 +161,7 @@ mod tests {
         for wrong in ["wrong", "also wrong", "wrong once more"] {
             fs::write(blob_path(&store, &digest), wrong).unwrap();
             let judged = id(&store, &digest);
-            taken.push(take(&store.inner, &digest, judged, at(1000)).unwrap().unwrap());
+            taken.push(take(&store.inner, &digest, judged, at(1000)).unwrap().unwrap().path);
             assert!(!blob_path(&store, &digest).exists());
         }
         let names = ["-1000", "-1000.1", "-1000.2"].map(|end| format!("{}{end}", digest.hex()));
@@ -167,10 +181,10 @@ mod tests {
         let new = store.root().join("staging/new");
         fs::write(&new, "right").unwrap();
         fs::rename(&new, blob_path(&store, &digest)).unwrap();
-        assert_eq!(take(&store.inner, &digest, judged, at(1000)).unwrap(), None);
+        assert!(take(&store.inner, &digest, judged, at(1000)).unwrap().is_none());
         assert_eq!(fs::read(blob_path(&store, &digest)).unwrap(), b"right");
         fs::remove_file(blob_path(&store, &digest)).unwrap();
-        assert_eq!(take(&store.inner, &digest, judged, at(1000)).unwrap(), None);
+        assert!(take(&store.inner, &digest, judged, at(1000)).unwrap().is_none());
     }
 
     #[test]

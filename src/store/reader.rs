@@ -11,7 +11,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::layout::{self, Folder};
 use super::tree::{Record, Tree};
-use super::{Digest, Error, TreeDigest, disk, files, gc, manifests};
+use super::{Digest, Error, StoredManifest, TreeDigest, disk, files, gc, manifests};
 
 const CHUNK: usize = 1 << 17;
 
@@ -151,8 +151,8 @@ impl Reader {
         manifests::paths(&self.folder, tree, visit)
     }
 
-    /// Every stored manifest and its own length in bytes, sorted, whether or not anything names it.
-    pub fn manifests(&self) -> Result<Vec<(TreeDigest, u64)>, Error> {
+    /// Every stored manifest, sorted, whether or not anything names it.
+    pub fn manifests(&self) -> Result<Vec<StoredManifest>, Error> {
         gc::stored_manifests(&self.folder)
     }
 

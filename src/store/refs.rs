@@ -343,6 +343,12 @@ impl Inner {
         let text = entry
             .to_json()
             .map_err(|e| Error::io("write", self.path(entry.name.path()), io::Error::from(e)))?;
+        // It could not be read again, and a ref that cannot be read loses its history.
+        if text.len() as u64 > MAX_REF {
+            let most = format!("it would be larger than {MAX_REF} bytes: keep less history, or exclude by fewer globs");
+            let error = io::Error::new(io::ErrorKind::InvalidInput, most);
+            return Err(Error::io("write", self.path(entry.name.path()), error));
+        }
         match self.write_new([Step::RefCreate, Step::RefWrite], staged, &text) {
             // History must be droppable on a full disk, where dropping it is what makes room.
             Err(error) if spare && is_full(&error) && self.write_spare(staged, &text)? => self.reopen(staged),

@@ -120,6 +120,8 @@ pub struct Facts {
     pub images: Vec<ImageFact>,
     /// Bytes of manifests that nothing names and that go whatever the policy.
     pub orphans: u64,
+    /// Bytes in quarantine that go whatever the policy. They are no part of the store's size.
+    pub expired: u64,
     /// Bytes free on the file system.
     pub free: u64,
     /// Bytes of the whole file system, but for what it reserves.
@@ -155,8 +157,8 @@ impl fmt::Display for Reason {
             Reason::Unreferenced => "nothing refers to it and it was not used for maxAge (24h if none is set)",
             Reason::MinCopies => "fewer than minCopies references and not used for maxAge",
             Reason::Incomplete => "it lost a file's content to minCopies",
-            Reason::MaxSize => "the store was over maxSize and this was unused the longest",
-            Reason::MinFree => "the disk was under minFree and this was unused the longest",
+            Reason::MaxSize => "the store was over maxSize; images first, then what was unused the longest",
+            Reason::MinFree => "the disk was under minFree; images first, then what was unused the longest",
             Reason::Orphaned => "nothing refers to its tree",
             Reason::QuarantineAge => "it was found damaged and quarantined 30 days ago",
         })
@@ -225,7 +227,7 @@ impl OverLimit {
     pub fn largest_first(&self) -> Vec<(&'static str, u64)> {
         let mut takers = self.causes.largest_first();
         if self.min_free.is_some_and(|least| self.free < least) && self.others > 0 {
-            takers.push(("other files on the disk", self.others));
+            takers.push(("layers' own files and others on the disk", self.others));
             takers.sort_by_key(|(_, bytes)| Reverse(*bytes));
         }
         takers
@@ -321,7 +323,7 @@ impl<'a> Planner<'a> {
         let images = facts.images.iter().map(|image| image.size);
         Self {
             size: blobs.chain(manifests).chain(images).fold(0, u64::saturating_add),
-            free: facts.free.saturating_add(facts.orphans),
+            free: facts.free.saturating_add(facts.orphans).saturating_add(facts.expired),
             manifests: vec![None; facts.manifests.len()],
             images: vec![None; facts.images.len()],
             blobs: vec![None; facts.blobs.len()],

@@ -1,10 +1,11 @@
 //! Removing single contents that nothing needs.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::AtomicBool;
 
 use super::disk::{self, Step};
-use super::files::lock;
-use super::gc::{Mark, stored_manifests};
+use super::files;
+use super::gc::{Mark, StoredManifest, stored_manifests};
 use super::{Digest, Error, HeldTree, Holders, Problem, Store, TreeDigest, manifests};
 
 /// What became of a content that was to be removed.
@@ -16,6 +17,8 @@ pub enum Removed {
     Missing,
     /// It stays.
     Needed(Needed),
+    /// The disk did not remove it, and why. What was asked for besides is removed all the same.
+    Failed(String),
 }
 
 /// Who needs a content.
@@ -31,25 +34,24 @@ impl Store {
     /// Removes contents that no stored tree and no running build names, whatever their age, durably.
     ///
     /// Nothing is removed if a manifest, a ref or a holder cannot be read, since it may need any of them: the outer
-    /// `Err` of the result. Waits for a collection that runs.
+    /// `Err` of the result. Waits for a collection that runs; with `cancel` set meanwhile it is [`Error::Cancelled`].
     pub fn remove_blobs(
         &self,
         digests: &BTreeSet<Digest>,
         holders: &dyn Holders,
+        cancel: &AtomicBool,
     ) -> Result<Result<BTreeMap<Digest, Removed>, Vec<Problem>>, Error> {
         let store = &self.inner;
-        let _one_at_a_time = lock(&store.collecting);
+        let _one_at_a_time = store.collecting.lock_unless(cancel).ok_or(Error::Cancelled)?;
         // What is leased or published from here on is found by its lease below, as in a sweep.
         let _mark = Mark::begin(store);
         let mut problems = Vec::new();
-        let by = self.namers(holders, &mut problems)?;
-        let mut needed: BTreeMap<Digest, Needed> = BTreeMap::new();
-        for (tree, _) in stored_manifests(store)? {
+        let mut needed: BTreeMap<Digest, BTreeSet<TreeDigest>> = BTreeMap::new();
+        for StoredManifest { tree, .. } in stored_manifests(store)? {
             match manifests::contents(store, &tree) {
                 Ok(contents) => {
                     for (digest, _) in contents.iter().filter(|(digest, _)| digests.contains(digest)) {
-                        let names = by.get(&tree).cloned().unwrap_or_default();
-                        needed.entry(*digest).or_default().trees.insert(tree, names);
+                        needed.entry(*digest).or_default().insert(tree);
                     }
                 }
                 Err(Error::MissingManifest { .. }) => {}
@@ -59,18 +61,31 @@ impl Store {
                 }),
             }
         }
+        let by = self.namers(holders, &mut problems)?;
         if !problems.is_empty() {
             return Ok(Err(problems));
         }
         // As in a sweep: no manifest that was dropped before may come back after a crash and miss them.
-        disk::syncfs(Step::SweepSync, &store.dir).map_err(|e| Error::io("sync", &store.root, e))?;
+        let dir = files::open_dir(&store.dir, ".").map_err(|e| Error::io("open", &store.root, e))?;
+        disk::syncfs(Step::SweepSync, &dir).map_err(|e| Error::io("sync", &store.root, e))?;
         let mut done = BTreeMap::new();
         for digest in digests {
             let removed = match needed.remove(digest) {
-                Some(needed) => Removed::Needed(needed),
-                None => self.remove_unleased(digest)?,
+                Some(trees) => {
+                    let named = |tree| (tree, by.get(&tree).cloned().unwrap_or_default());
+                    Removed::Needed(Needed {
+                        trees: trees.into_iter().map(named).collect(),
+                        by_build: false,
+                    })
+                }
+                None => self
+                    .remove_unleased(digest)
+                    .unwrap_or_else(|error| Removed::Failed(error.to_string())),
             };
             done.insert(*digest, removed);
+        }
+        if done.values().any(|removed| matches!(removed, Removed::Gone(_))) {
+            disk::syncfs(Step::RemovedSync, &dir).map_err(|e| Error::io("sync", &store.root, e))?;
         }
         Ok(Ok(done))
     }

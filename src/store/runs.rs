@@ -94,7 +94,6 @@ impl Store {
         let failed = |e: io::Error| store.write_error(RUNS, 4096, e);
         files::ensure_dir(Step::RunsDir, &store.dir, RUNS).map_err(|e| failed(e.into()))?;
         let (budget, most) = budgets(store).map_err(failed)?;
-        prune(store, MOST - 1, budget)?;
         let staged = store.staging_name("run");
         let written = self.write_run(&staged, report, removals, about, most);
         let named = written.and_then(|()| {

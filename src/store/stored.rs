@@ -39,8 +39,8 @@ pub(super) fn all(store: &Folder) -> Result<AllStored, Error> {
     let mut names: Vec<String> = Vec::with_capacity(refs.refs.len());
     let mut trees: BTreeMap<TreeDigest, (Vec<String>, Vec<String>)> = BTreeMap::new();
     // After the refs: a publish names its manifest before its ref.
-    for (tree, _) in gc::stored_manifests(store)? {
-        trees.entry(tree).or_default();
+    for manifest in gc::stored_manifests(store)? {
+        trees.entry(manifest.tree).or_default();
     }
     for entry in &refs.refs {
         let name = entry.name.to_string();

@@ -1,6 +1,7 @@
 //! What the store's tests share.
 
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proptest::prelude::*;
@@ -15,6 +16,11 @@ pub fn store() -> (tempfile::TempDir, Store) {
     let dir = tempfile::tempdir().unwrap();
     let store = Store::open(&dir.path().join("store"), Options::default()).unwrap();
     (dir, store)
+}
+
+/// A flag of what is never cancelled.
+pub fn never() -> AtomicBool {
+    AtomicBool::new(false)
 }
 
 pub fn at(seconds: u64) -> SystemTime {

@@ -37,7 +37,7 @@ impl Reader {
             blobs: objects.blobs,
             blob_bytes: objects.bytes,
             manifests: manifests.len() as u64,
-            manifest_bytes: manifests.iter().map(|(_, size)| size).sum(),
+            manifest_bytes: manifests.iter().map(|manifest| manifest.size).sum(),
             images: images.len() as u64,
             image_bytes: images.iter().map(|image| image.size).sum(),
             free: files::available(&store.dir).map_err(|e| Error::io("ask for the free space of", &store.root, e))?,

@@ -135,33 +135,8 @@ async fn an_agent_works_on_from_its_last_spec_without_the_api_server() {
     site.manifest_says("late", "False", "SourceNotFound").await;
     site.agent.kill();
 
-    // An address where nothing listens is an API server that is away.
-    let kubeconfig = site.store.path().join("away.kubeconfig");
-    let text = format!(
-        "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: c, cluster: {{server: \"http://127.0.0.1:{}\"}}}}]\n\
-         users: [{{name: u, user: {{}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n",
-        free_port()
-    );
-    std::fs::write(&kubeconfig, text).unwrap();
     write_files(&site.source("late"), 7, "offline");
-    let (port, root) = (free_port(), site.root().display().to_string());
-    let (listen, allowed) = (
-        format!("127.0.0.1:{port}"),
-        format!("{}={}", site.store.path().join("sources").display(), site.namespace),
-    );
-    let args = [
-        "agent",
-        "--node-name",
-        &site.node,
-        "--root",
-        &root,
-        "--listen",
-        &listen,
-        "--source-root",
-        &allowed,
-    ];
-    let mut offline = larder_process(&args, Some(&kubeconfig));
-    offline.wait_ready(port).await;
+    let mut offline = site.offline_agent(&[]).await;
     let entry = site.root().join("refs").join(&site.namespace).join("late");
     eventually(
         PATIENCE,
@@ -174,7 +149,7 @@ async fn an_agent_works_on_from_its_last_spec_without_the_api_server() {
     .await;
     assert_eq!(site.blobs().len(), 7);
     offline.terminate();
-    assert!(offline.wait(Duration::from_secs(10)).success());
+    assert!(offline.wait(PATIENCE).success());
 
     site.restart_agent().await;
     site.manifest_says("late", "True", "Stored").await;
@@ -190,7 +165,7 @@ async fn a_second_agent_over_the_same_store_is_refused_by_name_of_the_first() {
         &["agent", "--node-name", &site.node, "--root", &root, "--listen", &listen],
         Some(&kubeconfig),
     );
-    assert!(!second.wait(Duration::from_secs(10)).success());
+    assert!(!second.wait(PATIENCE).success());
     let log = second.log();
     assert!(
         log.contains("in use by") && log.contains(&site.agent.pid().to_string()),

@@ -2,12 +2,12 @@
 
 use std::os::unix::fs::MetadataExt;
 
-use kube::api::{DeleteParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use larder::api::CasManifest;
 use larder::api::conditions::{NEARLY_FULL, STALLED, find, is_true};
 use serde_json::json;
 
-use crate::support::{PATIENCE, Site, eventually, write_files};
+use crate::support::{PATIENCE, Site, eventually, shut_down, write_files};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn overlapping_trees_are_stored_once_and_say_what_they_saved() {
@@ -148,6 +148,87 @@ async fn a_layer_that_fills_up_says_so_and_takes_it_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_whose_file_system_stopped_says_so_and_comes_back_when_nobody_uses_it() {
+    let site = Site::start("stopped").await;
+    write_files(&site.source("base"), 3, "stopped");
+    site.create_manifest("base", json!({})).await;
+    let layer = site.create_layer("work", "base", json!({"sizeLimit": "16Mi"})).await;
+    let status = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    let path = std::path::PathBuf::from(status.path.clone().unwrap());
+    let kept = std::fs::File::create(path.join("kept")).unwrap();
+    kept.sync_all().unwrap();
+    let disk = site
+        .root()
+        .join("layers")
+        .join(layer.metadata.uid.unwrap())
+        .join("disk");
+    shut_down(&disk);
+
+    let stopped = site
+        .layer_says("work", "False", "FileSystemStopped")
+        .await
+        .status
+        .unwrap();
+    let ready = find(&stopped.conditions, "Ready").unwrap();
+    let user = format!("process {}", std::process::id());
+    assert!(ready.message.contains(&user), "{}", ready.message);
+    assert!(!is_true(&stopped.conditions, STALLED));
+    assert_eq!(stopped.path, status.path);
+    eventually(PATIENCE, "the event", async || {
+        let events = site.events(&site.namespace, "work");
+        let is_it = |[kind, reason, _]: &[String; 3]| kind == "Warning" && reason == "FileSystemStopped";
+        events.iter().any(is_it).then_some(()).ok_or(format!("{events:?}"))
+    })
+    .await;
+
+    drop(kept);
+    site.layer_says("work", "True", "Mounted").await;
+    assert!(path.join("kept").exists());
+    std::fs::write(path.join("more"), "more").unwrap();
+    site.delete_layer("work").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_limit_that_cannot_be_is_refused_and_a_layer_with_a_damaged_record_can_be_deleted() {
+    let site = Site::start("odd-layers").await;
+    write_files(&site.source("base"), 3, "odd layers");
+    site.create_manifest("base", json!({})).await;
+    // In memory, for not every kernel lets an agent grow a file system on disk.
+    site.create_layer("work", "base", json!({"mode": "Tmpfs", "sizeLimit": null}))
+        .await;
+    let status = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    let path = std::path::PathBuf::from(status.path.unwrap());
+    let layers = site.layers().await;
+    let limit = async |size: &str| {
+        let patch = Patch::Merge(json!({"spec": {"sizeLimit": size}}));
+        layers.patch("work", &PatchParams::default(), &patch).await.unwrap();
+    };
+    // It was made with the agent's default.
+    limit("1Gi").await;
+    let status = site.layer_says("work", "False", "InvalidSpec").await.status.unwrap();
+    let message = &find(&status.conditions, STALLED).unwrap().message;
+    assert!(message.contains("can only grow"), "{message}");
+    assert_eq!(status.size_limit.as_deref(), Some("10Gi"));
+    std::fs::write(path.join("new"), "it can be used").unwrap();
+    limit("11Gi").await;
+    let status = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    assert_eq!(status.size_limit.as_deref(), Some("11Gi"));
+    assert_eq!(std::fs::read_to_string(path.join("new")).unwrap(), "it can be used");
+
+    site.create_layer("disk", "base", json!({})).await;
+    site.layer_says("disk", "True", "Mounted").await;
+    for layer in ["work", "disk"] {
+        let uid = layers.get(layer).await.unwrap().metadata.uid.unwrap();
+        let folder = site.root().join("layers").join(uid);
+        std::fs::write(folder.join("layer.json"), "{").unwrap();
+        site.delete_layer(layer).await;
+        assert!(!folder.exists());
+    }
+    assert_eq!(site.store.layer_mounts(), Vec::<std::path::PathBuf>::new());
+    site.no_loop_devices().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn retention_removes_what_nothing_needs_and_nothing_else() {
     let site = Site::start("retain").await;
     write_files(&site.source("keep"), 20, "kept");
@@ -171,7 +252,7 @@ async fn retention_removes_what_nothing_needs_and_nothing_else() {
     let all = site.blobs();
     assert_eq!(all.len(), 35);
 
-    let rules = json!({"schedule": "0 3 * * *", "maxAge": "1s", "gracePeriod": "0s"});
+    let rules = json!({"schedule": "0 0 1 1 *", "maxAge": "1s", "gracePeriod": "0s"});
     let name = site.create_policy("retain", rules).await;
     let policies = site.policies().await;
     // One of the two manifests over the folder goes: everything is still needed.

@@ -13,4 +13,5 @@ mod harness;
 mod policies;
 mod retention;
 mod rules;
+mod schedule;
 mod units;

@@ -7,7 +7,7 @@ use kube::Api;
 use kube::api::{DeleteParams, Patch, PatchParams};
 use serde_json::{Value, json};
 
-use crate::support::{PATIENCE, Site, eventually, write_files};
+use crate::support::{PATIENCE, Site, by_patience, eventually, write_files};
 
 impl Site {
     /// Waits until `kubectl get` prints these cells of an object, among others.
@@ -148,9 +148,18 @@ async fn one_policy_governs_a_node_whatever_becomes_of_the_others() {
     site.prints("retp", &low, &governed).await;
     site.prints("retp", &high, &shadowed).await;
     site.prints("nstore", &site.node, &[("POLICY", &low)]).await;
-    tokio::time::sleep(Duration::from_secs(3)).await;
-    let before = site.versions(&[&low, &high]).await;
-    tokio::time::sleep(Duration::from_secs(8)).await;
+    let mut before = site.versions(&[&low, &high]).await;
+    eventually(PATIENCE, "all is written", async || {
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        let now = site.versions(&[&low, &high]).await;
+        match std::mem::replace(&mut before, now.clone()) == now {
+            true => Ok(()),
+            false => Err(format!("{now:?}")),
+        }
+    })
+    .await;
+    // Longer than whatever the agent and the controller do by the clock.
+    tokio::time::sleep(by_patience(Duration::from_secs(8), Duration::from_mins(6))).await;
     assert_eq!(
         site.versions(&[&low, &high]).await,
         before,

@@ -92,3 +92,81 @@ async fn a_store_over_its_size_makes_room_by_itself_and_says_what_it_cannot_free
     site.check_store();
     policies.delete(&name, &DeleteParams::default()).await.unwrap();
 }
+
+impl Site {
+    /// Has the manifest's source changed, and built.
+    async fn rebuild(&self, name: &str, seed: &str) {
+        let before = self.manifests().await.get(name).await.unwrap().status.unwrap().digest;
+        write_files(&self.source(name), 3, seed);
+        self.request(name).await;
+        eventually(PATIENCE, "it is built again", async || {
+            let status = self.manifests().await.get(name).await.unwrap().status.unwrap();
+            match status.digest.is_some() && status.digest != before {
+                true => Ok(()),
+                false => Err(format!("{status:?}")),
+            }
+        })
+        .await;
+    }
+
+    /// How many old trees a manifest has on the node.
+    fn revisions(&self, name: &str) -> usize {
+        let listed = self.store_json(&["ls"]);
+        let name = format!("{}/{name}", self.namespace);
+        let entry = listed["refs"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|entry| entry["name"] == name);
+        entry.unwrap_or_else(|| panic!("{listed}"))["history"]
+            .as_array()
+            .unwrap()
+            .len()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn history_has_no_more_revisions_than_its_limit_and_a_dry_run_says_what_would_go() {
+    let site = Site::start("revisions").await;
+    write_files(&site.source("tree"), 3, "0");
+    site.create_manifest("tree", json!({"revisionHistoryLimit": 2})).await;
+    site.manifest_says("tree", "True", "Stored").await;
+    for (seed, revisions) in [("1", 1), ("2", 2), ("3", 2), ("4", 2)] {
+        site.rebuild("tree", seed).await;
+        assert_eq!(site.revisions("tree"), revisions, "after {seed}");
+    }
+    // A lower limit counts from the next build on.
+    let patch = Patch::Merge(json!({"spec": {"revisionHistoryLimit": 1}}));
+    let manifests = site.manifests().await;
+    manifests.patch("tree", &PatchParams::default(), &patch).await.unwrap();
+    site.rebuild("tree", "5").await;
+    assert_eq!(site.revisions("tree"), 1);
+
+    let rules = json!({"schedule": "0 0 1 1 *", "maxAge": "1s", "gracePeriod": "0s", "dryRun": true});
+    let policy = site.create_policy("revisions", rules).await;
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
+    let before = site.blobs();
+    site.run_policy(&policy).await;
+    let event = eventually(PATIENCE, "the event of the dry run", async || {
+        let events = site.events("default", &site.node);
+        let found = events
+            .iter()
+            .find(|[_, reason, _]| reason == "RetentionDryRun")
+            .cloned();
+        found.ok_or(format!("{events:?}"))
+    })
+    .await;
+    // Three contents of each of five old trees, one of which is history.
+    assert_eq!(event[0], "Normal");
+    assert!(
+        event[2].contains("as requested: would delete 15 contents and 1 revision of history"),
+        "{}",
+        event[2]
+    );
+    assert_eq!((site.blobs(), site.revisions("tree")), (before, 1));
+    site.policies()
+        .await
+        .delete(&policy, &DeleteParams::default())
+        .await
+        .unwrap();
+}

@@ -424,8 +424,8 @@ async fn kubectl_shows_each_kind_by_its_short_name_in_columns() {
         (
             "NodeStore",
             "nstore",
-            "NAME READY REASON BLOBS STORED SAVED POLICY OVER LAST-RUN FREED AGE",
-            "NAME READY REASON BLOBS STORED SAVED POLICY OVER LAST-RUN FREED NEXT-RUN HISTORY GARBAGE ROAD AGENT AGE",
+            "NAME READY REASON BLOBS STORED SAVED POLICY OVER RUN-FAILED LAST-RUN FREED AGE",
+            "NAME READY REASON BLOBS STORED SAVED POLICY OVER RUN-FAILED LAST-RUN FREED NEXT-RUN HISTORY GARBAGE ROAD AGENT AGE",
         ),
     ] {
         let api = api(&client, kind, &namespace);

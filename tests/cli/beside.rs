@@ -1,5 +1,6 @@
 //! Beside an agent, which has the store open.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
@@ -14,7 +15,7 @@ use rustix::net::{
 use rustix::process::{Pid, Signal, Uid, kill_process};
 use serde_json::{Value, json};
 
-use crate::support::{LarderProcess, free_port, larder_process};
+use crate::support::{LarderProcess, PATIENCE, free_port, larder_process};
 use crate::{HELLO, Place, end, text};
 
 /// A real agent over the place's store, with an API server that is never there.
@@ -92,10 +93,25 @@ async fn every_command_works_beside_an_agent_as_without_one() {
     assert!(place.staging_is_empty());
 
     agent.terminate();
-    assert!(agent.wait(Duration::from_secs(10)).success(), "{}", agent.log_end());
+    assert!(agent.wait(PATIENCE).success(), "{}", agent.log_end());
     // The socket stays; nobody answers on it, and nobody has the lock.
     assert!(place.store().join("control.sock").exists());
     place.run(&["gc"]).done();
+}
+
+#[tokio::test]
+async fn a_layer_that_several_ask_for_at_once_is_one() {
+    let place = Place::built();
+    let mut agent = agent(&place).await;
+    let mount = || place.json(&["mount", "t", "--name", "work"])["path"].clone();
+    let paths: BTreeSet<_> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..4).map(|_| scope.spawn(mount)).collect();
+        asked.into_iter().map(|one| one.join().unwrap().to_string()).collect()
+    });
+    assert_eq!(paths.len(), 1, "{paths:?}");
+    assert_eq!(place.json(&["layers"])["layers"].as_array().unwrap().len(), 1);
+    place.run(&["umount", "work", "--delete"]).done();
+    agent.kill();
 }
 
 #[tokio::test]
@@ -163,7 +179,11 @@ fn send_as(user: Option<Uid>, place: &Place, bytes: &[u8], files: &[OwnedFd]) ->
     if !files.is_empty() {
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&files)));
     }
-    sendmsg(&socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL).unwrap();
+    match sendmsg(&socket, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL) {
+        // It has refused without reading, and its answer is there.
+        Ok(_) | Err(rustix::io::Errno::PIPE) => {}
+        Err(error) => panic!("{error}"),
+    }
     let mut answer = vec![0; 1 << 16];
     let mut receive = || recv(&socket, &mut answer[..], rustix::net::RecvFlags::empty());
     let (length, _) = match receive() {

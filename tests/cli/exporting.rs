@@ -5,13 +5,14 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use larder::store::tree::{Leaf, LeafKind, Meta, Tree};
 use larder::store::{Options, Publish, RefName, Store};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, Timespec, Timestamps, XattrFlags};
 use serde_json::json;
 
-use crate::{Place, text};
+use crate::{Place, end, text};
 
 fn set_xattr(path: &Path, name: &str, value: &[u8]) {
     rustix::fs::lsetxattr(path, name, value, XattrFlags::empty()).unwrap();
@@ -270,6 +271,7 @@ fn a_folder_that_holds_something_is_not_written_into_and_a_failed_export_leaves_
     fs::remove_file(object.trim_end()).unwrap();
     let (new, empty) = (place.path("new"), place.path("empty"));
     fs::create_dir(&empty).unwrap();
+    fs::set_permissions(&empty, fs::Permissions::from_mode(0o1775)).unwrap();
     for dest in [&new, &empty] {
         place
             .run(&["export", "t", text(dest)])
@@ -277,6 +279,7 @@ fn a_folder_that_holds_something_is_not_written_into_and_a_failed_export_leaves_
     }
     assert!(!new.exists());
     assert!(fs::read_dir(&empty).unwrap().next().is_none());
+    assert_eq!(fs::metadata(&empty).unwrap().permissions().mode() & 0o7777, 0o1775);
     place.run(&["export", "--tar", "t"]).failed(6, &[crate::HELLO]);
 }
 
@@ -296,4 +299,41 @@ fn an_owner_can_be_given_to_everything() {
         .failed(2, &["1000:1000"]);
     place.run(&["export", "t"]).failed(2, &["DEST"]);
     place.run(&["export", "t", text(&out), "--tar"]).failed(2, &["--tar"]);
+}
+
+#[test]
+fn of_two_exports_into_one_folder_one_is_refused_and_spoils_nothing() {
+    let place = Place::with_store();
+    let source = place.empty_files("source", 20_000);
+    place.run(&["build", text(&source), "--name", "t"]).done();
+    for exists in [false, true] {
+        let out = place.path(&format!("out-{exists}"));
+        if exists {
+            fs::create_dir(&out).unwrap();
+        }
+        let first = place.command(&["export", "t", text(&out)]).spawn().unwrap();
+        while !out.join("1").exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let second = place.run(&["export", "t", text(&out)]);
+        assert!(second.code == 4 || second.code == 7, "{}", second.err);
+        end(first).done();
+        place.run(&["export", "t", text(&out)]).failed(7, &["is not empty"]);
+        assert_eq!(fs::read_dir(&out).unwrap().count(), 20_000);
+    }
+}
+
+#[test]
+fn a_name_whose_tree_is_gone_from_the_store_is_damage() {
+    let place = Place::built();
+    let hex = place.digest("t");
+    let hex = hex.strip_prefix("sha256:").unwrap();
+    fs::remove_file(place.store().join("manifests").join(hex)).unwrap();
+    for args in [&["show", "t"][..], &["export", "t", text(&place.path("out"))]] {
+        place
+            .run(args)
+            .failed(6, &["local/t stands for the tree", "build the tree again"]);
+    }
+    place.run(&["show", hex]).failed(3, &[]);
+    assert!(!place.path("out").exists());
 }

@@ -179,21 +179,28 @@ fn an_interrupted_put_that_waits_for_its_stdin_ends_at_once() {
 #[test]
 fn an_interrupted_export_removes_what_it_wrote() {
     let place = Place::with_store();
-    let source = place.path("source");
-    fs::create_dir(&source).unwrap();
-    for number in 0..20_000u32 {
-        fs::write(source.join(number.to_string()), "").unwrap();
-    }
+    let source = place.empty_files("source", 20_000);
     place.run(&["build", text(&source), "--name", "t"]).done();
     let out = place.path("out");
-    let child = place.command(&["export", "t", text(&out)]).spawn().unwrap();
-    let start = Instant::now();
-    while !out.join("1").exists() {
-        assert!(start.elapsed() < Duration::from_secs(30), "nothing is written");
-        std::thread::sleep(Duration::from_millis(1));
+    let interrupted = || {
+        let child = place.command(&["export", "t", text(&out)]).spawn().unwrap();
+        let start = Instant::now();
+        while !out.join("1").exists() {
+            assert!(start.elapsed() < Duration::from_secs(30), "nothing is written");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        signal(&child, Signal::INT);
+        end(child)
+    };
+    let mut ran = interrupted();
+    for _ in 0..5 {
+        if ran.code == 0 {
+            // It was quicker than this test.
+            fs::remove_dir_all(&out).unwrap();
+            ran = interrupted();
+        }
     }
-    signal(&child, Signal::INT);
-    end(child).failed(130, &["cancelled"]);
+    ran.failed(130, &["cancelled"]);
     assert!(!out.exists());
 }
 
@@ -221,32 +228,4 @@ fn a_closed_pipe_ends_a_command_without_a_word() {
         let ran = end(child);
         assert_eq!((ran.code, ran.err.as_str()), (141, ""), "{args:?}");
     }
-}
-
-#[test]
-fn long_work_draws_a_bar_on_a_terminal_and_nowhere_else() {
-    let place = Place::with_store();
-    let source = place.source("source");
-    let on_terminal = |format: &str| {
-        // script(1) gives the command a terminal; stdout goes elsewhere.
-        let out = place.path("out");
-        let larder = env!("CARGO_BIN_EXE_larder");
-        let command = format!(
-            "{larder} store build {} --name t -o {format} >{}",
-            text(&source),
-            text(&out)
-        );
-        let mut script = Command::new("script");
-        script.args(["-qec", &command, "/dev/null"]);
-        script.env("LARDER_STORE", place.store()).env("TERM", "xterm");
-        let output = script.stdin(Stdio::null()).output().unwrap();
-        assert!(output.status.success());
-        assert!(fs::read_to_string(&out).unwrap().contains("local/t"));
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let drawn = on_terminal("text");
-    assert!(drawn.contains("reading, entries"), "{drawn:?}");
-    assert_eq!(on_terminal("json"), "");
-    // Here stderr is a pipe.
-    place.run(&["build", text(&source), "--name", "t"]).done();
 }

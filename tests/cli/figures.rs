@@ -1,10 +1,12 @@
 //! `dedup` and `analytics`.
 
 use std::fs;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 use serde_json::json;
 
-use crate::{HELLO, Place, text};
+use crate::{HELLO, Place, end, text};
 
 #[test]
 fn what_is_saved_is_told_as_a_table_and_as_json() {
@@ -85,6 +87,50 @@ fn analytics_tell_what_each_tree_takes_and_which_contents_matter() {
     ] {
         assert!(tables.contains(line), "{line:?} is not in {tables}");
     }
+}
+
+/// Bytes of the files in some folders of the store, as du(1) counts them.
+fn du(place: &Place, folders: &[&str]) -> u64 {
+    let mut find = Command::new("find");
+    find.args(folders.iter().map(|folder| place.store().join(folder)));
+    let found = find.args(["-type", "f", "-print0"]).output().unwrap();
+    assert!(found.status.success());
+    let mut du = Command::new("du");
+    du.args(["--files0-from=-", "--total", "--bytes", "--summarize"]);
+    let mut child = du.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(&found.stdout).unwrap();
+    let text = end(child).text();
+    let (total, _) = text.lines().last().unwrap().split_once('\t').unwrap();
+    total.parse().unwrap()
+}
+
+#[test]
+fn after_a_put_that_was_killed_the_figures_are_those_of_du() {
+    let place = Place::built();
+    place.run_with(&["put"], &vec![7; 300_000]).done();
+    let mut child = place.command(&["put"]).stdin(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    // What has been written is on the way to the disk when the next megabyte is taken.
+    for _ in 0..8 {
+        stdin.write_all(&vec![9; 1 << 20]).unwrap();
+    }
+    assert!(!place.staging_is_empty());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    // What opens the store for writing clears up.
+    place.run(&["gc"]).done();
+    assert!(place.staging_is_empty());
+    let found = place.json(&["analytics"]);
+    let bytes = |part: &str| found[part]["bytes"].as_u64().unwrap();
+    let contents = ["current", "history", "unnamed", "garbage"]
+        .map(bytes)
+        .iter()
+        .sum::<u64>();
+    assert_eq!((contents, bytes("garbage")), (du(&place, &["objects"]), 300_000));
+    let usage = &place.json(&["stats"])["usage"];
+    let stored = |part: &str| usage[part].as_u64().unwrap();
+    assert_eq!(stored("blobBytes"), contents);
+    assert_eq!(stored("manifestBytes"), du(&place, &["manifests"]));
 }
 
 #[test]

@@ -1,11 +1,40 @@
 //! `mount`, `umount`, `snapshot`, `layers`. Needs root.
 
+use std::io::Read;
+
 use serde_json::json;
 
 use super::*;
+use crate::support::shut_down;
 
 fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
+}
+
+/// A process that has a file open. Not this one: what it has open, another test's program has, too, until its exec.
+struct User(Child);
+
+impl User {
+    fn of(file: &Path) -> User {
+        let mut child = Command::new("sh")
+            .args(["-c", "exec 3<\"$0\"; echo; read _; true"])
+            .arg(file)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        child.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
+        User(child)
+    }
+
+    fn shown(&self) -> String {
+        format!("process {} (sh)", self.0.id())
+    }
+
+    fn ends(mut self) {
+        drop(self.0.stdin.take());
+        assert!(self.0.wait().unwrap().success());
+    }
 }
 
 #[test]
@@ -94,6 +123,55 @@ fn a_read_only_mount_shows_the_tree_to_all_and_gives_nobody_a_way_to_write() {
 }
 
 #[test]
+fn a_layer_whose_record_is_damaged_is_named_and_can_be_given_up() {
+    let place = Place::built();
+    let mounted = place.json(&["mount", "t", "--name", "work", "--size", "64Mi"]);
+    let id = mounted["id"].as_str().unwrap();
+    let record = place.store().join("layers").join(id).join("layer.json");
+    std::fs::write(&record, "{").unwrap();
+    let named = text(&record).to_owned();
+    place.run(&["layers"]).failed(6, &[&named]);
+    place.run(&["umount", id]).failed(6, &[&named, "--delete"]);
+    place.run(&["umount", "work"]).failed(3, &["there is no layer"]);
+    let deleted = place.json(&["umount", id, "--delete"]);
+    assert_eq!(deleted, json!({"id": id, "name": null, "state": "deleted"}));
+    assert_eq!(place.json(&["layers"]), json!({"layers": [], "problems": []}));
+    assert!(place.mounts().is_empty(), "{:?} is left", place.mounts());
+}
+
+#[test]
+fn a_layer_that_takes_no_writes_any_more_is_told_as_that_and_comes_back_by_mounting_it() {
+    let place = Place::built();
+    let mount = ["mount", "t", "--name", "work", "--size", "64Mi"];
+    let mounted = place.json(&mount);
+    let path = Path::new(mounted["path"].as_str().unwrap());
+    let layer = place.store().join("layers").join(mounted["id"].as_str().unwrap());
+    std::fs::write(path.join("mine"), "mine").unwrap();
+    std::fs::File::open(path.join("mine")).unwrap().sync_all().unwrap();
+    let user = User::of(&path.join("mine"));
+    shut_down(&layer.join("disk"));
+    assert_eq!(place.json(&["layers"])["layers"][0]["state"], "stopped");
+    place
+        .run(&mount)
+        .failed(4, &["takes no writes any more", &user.shown()]);
+    user.ends();
+    assert_eq!(place.json(&mount)["reused"], false);
+    assert_eq!(place.json(&["layers"])["layers"][0]["state"], "mounted");
+    assert_eq!(read(&path.join("mine")), "mine");
+
+    // What had to be mended is said, too.
+    place.run(&["umount", "work"]).done();
+    let damaged = Command::new("debugfs")
+        .args(["-w", "-R", "set_super_value state 2"])
+        .arg(layer.join("disk.img"))
+        .output()
+        .unwrap();
+    assert!(damaged.status.success(), "{damaged:?}");
+    place.run(&mount).failed(0, &["was checked", "check forced"]);
+    place.run(&["umount", "work", "--delete"]).done();
+}
+
+#[test]
 fn owner_and_mode_are_as_asked_and_mistakes_are_named() {
     let place = Place::built();
     let mounted = place.json(&[
@@ -126,11 +204,11 @@ fn owner_and_mode_are_as_asked_and_mistakes_are_named() {
         .run(&["mount", "t", "--mode", "tmpfs"])
         .failed(4, &["owner", "1000:2000"]);
     place.run(&["umount", "local/t"]).failed(4, &["in memory", "--delete"]);
-    let program = std::fs::File::open(path.join("hello")).unwrap();
+    let user = User::of(&path.join("hello"));
     place
         .run(&["umount", "local/t", "--delete"])
-        .failed(4, &["is in use by"]);
-    drop(program);
+        .failed(4, &["is in use by", &user.shown()]);
+    user.ends();
     place.run(&["umount", "local/t", "--delete"]).done();
     place.run(&["mount", "nothing"]).failed(3, &["there is no tree"]);
     place.run(&["mount", "t", "--owner", "root"]).failed(2, &["UID:GID"]);
@@ -138,6 +216,12 @@ fn owner_and_mode_are_as_asked_and_mistakes_are_named() {
     place
         .run(&["snapshot", "none", "--name", "x"])
         .failed(3, &["there is no layer"]);
+    // What was made without a limit has none, whatever is asked for later.
+    place.run(&["mount", "t", "--name", "free"]).done();
+    place
+        .run(&["mount", "t", "--name", "free", "--size", "64Mi"])
+        .failed(2, &["without a limit"]);
+    place.run(&["umount", "free", "--delete"]).done();
     assert_eq!(place.json(&["layers"])["layers"], json!([]));
     assert!(place.mounts().is_empty(), "{:?} is left", place.mounts());
 }

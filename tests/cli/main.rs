@@ -10,9 +10,11 @@ mod figures;
 mod layers;
 mod reading;
 mod retention;
+mod terminal;
 mod verifying;
 mod writing;
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -30,6 +32,23 @@ pub struct Ran {
     pub code: i32,
     pub out: Vec<u8>,
     pub err: String,
+}
+
+/// The names of all fields; not those of maps by path, nor what repeats a Kubernetes object.
+fn fields_of(value: &Value, into: &mut BTreeSet<String>) {
+    match value {
+        Value::Array(items) => items.iter().for_each(|item| fields_of(item, into)),
+        Value::Object(fields) => {
+            for (name, value) in fields {
+                into.insert(name.clone());
+                let is_by_path = name == "files" && value.is_object();
+                if !is_by_path && !["source", "policy"].contains(&&**name) {
+                    fields_of(value, into);
+                }
+            }
+        }
+        _ => {}
+    }
 }
 
 impl Place {
@@ -61,6 +80,16 @@ impl Place {
         std::fs::write(dir.join("sub/copy"), "hello\n").unwrap();
         std::fs::write(dir.join("sub/other"), vec![7; 3000]).unwrap();
         std::os::unix::fs::symlink("../hello", dir.join("sub/link")).unwrap();
+        dir
+    }
+
+    /// A folder of so many empty files, named by numbers from 0 on.
+    pub fn empty_files(&self, name: &str, count: u32) -> PathBuf {
+        let dir = self.path(name);
+        std::fs::create_dir(&dir).unwrap();
+        for number in 0..count {
+            std::fs::write(dir.join(number.to_string()), "").unwrap();
+        }
         dir
     }
 
@@ -131,8 +160,16 @@ impl Ran {
         String::from_utf8(self.out.clone()).unwrap()
     }
 
+    /// What was printed, of documented fields alone.
     pub fn json(&self) -> Value {
-        serde_json::from_slice(&self.out).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.out)))
+        let printed: Value =
+            serde_json::from_slice(&self.out).unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&self.out)));
+        let mut fields = BTreeSet::new();
+        fields_of(&printed, &mut fields);
+        let docs = include_str!("../../docs/cli.md");
+        fields.retain(|field| !docs.contains(&format!("`{field}`")));
+        assert_eq!(fields, BTreeSet::new(), "docs/cli.md does not tell of them");
+        printed
     }
 
     /// Fails unless it ended with 0 and complained of nothing.

@@ -405,3 +405,16 @@ fn completions_know_the_commands_of_the_store() {
         assert!(script.contains(word) && script.contains("larder"), "{shell}");
     }
 }
+
+#[test]
+fn a_content_that_was_cut_to_nothing_does_not_exist() {
+    let place = Place::built();
+    let path = place.json(&["path", HELLO])["path"].as_str().unwrap().to_owned();
+    fs::File::options().write(true).open(path).unwrap().set_len(0).unwrap();
+    place.run(&["exists", HELLO]).failed(1, &[]);
+    let nothing = place.run_with(&["put"], b"").done().text();
+    place.run(&["exists", nothing.split(' ').next().unwrap()]).done();
+    // Putting it again heals it.
+    place.run_with(&["put"], b"hello\n").done();
+    place.run(&["exists", HELLO]).done();
+}

@@ -1,12 +1,15 @@
 //! Retention by hand: plans, policies from files, records of runs, and the recipes of docs/retention.md.
 
 use std::fs;
-use std::process::Command;
-use std::time::{Duration, SystemTime};
+use std::io::Read;
+use std::process::{Child, Command};
+use std::time::{Duration, Instant, SystemTime};
 
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
-use super::{Place, text};
+use super::beside::agent;
+use super::{HELLO, Place, end, text};
 
 const HOUR: u64 = 3600;
 const DAY: u64 = 24 * HOUR;
@@ -92,7 +95,17 @@ fn a_plan_is_what_a_run_then_does_and_leaves_nothing() {
     let plan = place.json(&["plan", "--policy", &policy]);
     assert_eq!(plan["droppedHistory"][0]["name"], "local/t");
     assert_eq!(plan["deletedBlobs"], 1, "{plan}");
+    let kinds = plan["items"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|item| item["kind"].as_str().unwrap());
+    assert_eq!(kinds.collect::<Vec<_>>(), ["manifest", "blob"]);
     assert_eq!(place.json(&["runs"])["runs"], json!([]), "a plan is no run");
+    assert_eq!(
+        place.json(&["gc", "--dry-run", "--policy", &policy])["items"],
+        plan["items"]
+    );
     let ran = place.json(&["gc", "--policy", &policy]);
     for field in [
         "droppedHistory",
@@ -103,6 +116,7 @@ fn a_plan_is_what_a_run_then_does_and_leaves_nothing() {
     ] {
         assert_eq!(ran[field], plan[field], "{field}");
     }
+    assert_eq!(place.json(&["runs", "last"])["items"], plan["items"]);
     let again = place.json(&["gc", "--policy", &policy]);
     assert_eq!((&again["deletedBlobs"], &again["freedBytes"]), (&json!(0), &json!(0)));
     place.run(&["resolve", "t"]).done();
@@ -153,6 +167,67 @@ fn a_run_says_afterwards_what_went_and_why() {
     place.run(&["runs", "yesterday"]).failed(2, &["yesterday"]);
 }
 
+#[tokio::test]
+async fn an_interrupted_collection_ends_with_130_and_the_next_goes_on_alone_and_beside_an_agent() {
+    const CONTENTS: usize = 200;
+    let place = Place::with_store();
+    let args = ["gc", "--grace", "0s", "--max-age", "0s"];
+    let blobs = || place.json(&["stats"])["usage"]["blobs"].as_u64().unwrap() as usize;
+    for beside in [false, true] {
+        let _agent = match beside {
+            true => Some(agent(&place).await),
+            false => None,
+        };
+        let files: Vec<String> = (0..CONTENTS)
+            .map(|number| {
+                let path = place.path(&format!("{number}"));
+                fs::write(&path, format!("garbage {number}")).unwrap();
+                text(&path).to_owned()
+            })
+            .collect();
+        let put: Vec<&str> = ["put"].into_iter().chain(files.iter().map(String::as_str)).collect();
+        place.run(&put).done();
+        let child = place.command(&[&args[..], &["--rate", "20"]].concat()).spawn().unwrap();
+        let start = Instant::now();
+        while blobs() == CONTENTS {
+            assert!(start.elapsed() < Duration::from_secs(30), "nothing goes");
+        }
+        // Another one says that it waits, and need not.
+        let mut waiting = place.command(&["gc", "--dry-run"]).spawn().unwrap();
+        if beside {
+            let (mut said, stderr) = (Vec::new(), waiting.stderr.as_mut().unwrap());
+            while !String::from_utf8_lossy(&said).contains("waiting for a retention run") {
+                let mut byte = [0];
+                stderr.read_exact(&mut byte).unwrap();
+                said.push(byte[0]);
+            }
+            interrupt(&waiting);
+            end(waiting).failed(130, &["cancelled"]);
+        } else {
+            end(waiting).failed(4, &[]);
+        }
+        interrupt(&child);
+        let ran = end(child).failed(130, &["cancelled", "the next collection goes on from there"]);
+        let left = blobs();
+        assert!(ran.text().contains(&format!("{}", CONTENTS - left)), "{}", ran.text());
+        assert!((1..CONTENTS).contains(&left), "{left}");
+        let run = place.json(&["runs", "last"]);
+        assert_eq!(
+            (&run["complete"], run["deletedBlobs"].as_u64()),
+            (&json!(false), Some((CONTENTS - left) as u64))
+        );
+        let rest = place.json(&args);
+        assert_eq!(
+            (&rest["complete"], rest["deletedBlobs"].as_u64()),
+            (&json!(true), Some(left as u64))
+        );
+    }
+}
+
+fn interrupt(child: &Child) {
+    kill_process(Pid::from_raw(child.id() as i32).unwrap(), Signal::INT).unwrap();
+}
+
 #[test]
 fn a_policy_that_the_api_server_would_refuse_is_refused() {
     let place = with_history();
@@ -188,7 +263,25 @@ fn keeps_history(title: &str, for_just: u64, but_not: u64) -> (Place, String) {
 
 #[test]
 fn the_recipe_for_a_ci_cache_keeps_trees_for_three_days() {
-    keeps_history("A CI cache", 71 * HOUR, 73 * HOUR);
+    let (place, policy) = keeps_history("A CI cache", 71 * HOUR, 73 * HOUR);
+    // The disk fills: what is unused goes before its time.
+    age(&place, 10 * HOUR);
+    let ballast = place.store().join("mnt/ballast");
+    fs::write(&ballast, vec![1; 58 << 20]).unwrap();
+    let plan = place.json(&["plan", "--policy", &policy]);
+    assert_eq!(plan["droppedHistory"][0]["reason"], "minFree", "{plan}");
+    fs::remove_file(ballast).unwrap();
+    // More than the 200Gi: one content of history is, all holes, as large.
+    let content = place.json(&["path", HELLO]);
+    let path = content["path"].as_str().unwrap();
+    fs::File::options()
+        .write(true)
+        .open(path)
+        .unwrap()
+        .set_len(201 << 30)
+        .unwrap();
+    age(&place, 10 * HOUR);
+    assert_eq!(dropped(&place, &policy), ["maxSize"]);
 }
 
 #[test]
@@ -217,6 +310,6 @@ fn the_recipe_for_an_edge_node_keeps_what_is_in_use_and_little_else() {
     let others = over["others"].as_u64().unwrap() >> 20;
     assert!((61..64).contains(&others), "{plan}");
     let said = String::from_utf8(place.run(&["plan", "--policy", &policy]).done().out).unwrap();
-    assert!(said.contains("other files on the disk 6"), "{said}");
+    assert!(said.contains("and others on the disk 6"), "{said}");
     assert_eq!(plan["overLimit"]["largest"][0]["neededBy"], json!(["local/t"]));
 }

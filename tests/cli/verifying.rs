@@ -2,11 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_json::json;
 
 use crate::beside::agent;
+use crate::support::PATIENCE;
 use crate::{HELLO, Place, text};
 
 fn blob(place: &Place, digest: &str) -> PathBuf {
@@ -165,5 +165,5 @@ async fn it_verifies_and_repairs_beside_an_agent() {
     place.run(&["resolve", "t"]).done();
     place.run(&["analytics"]).done();
     agent.terminate();
-    assert!(agent.wait(Duration::from_secs(10)).success(), "{}", agent.log_end());
+    assert!(agent.wait(PATIENCE).success(), "{}", agent.log_end());
 }

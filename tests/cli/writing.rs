@@ -280,5 +280,5 @@ fn a_ref_of_the_cluster_is_not_built_over() {
 }
 
 fn place_digest(store: &larder::store::Store) -> larder::store::TreeDigest {
-    store.manifests().unwrap()[0].0
+    store.manifests().unwrap()[0].tree
 }

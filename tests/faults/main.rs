@@ -25,7 +25,7 @@ struct Controller {
     faults: Faults,
     stop: watch::Sender<bool>,
     task: JoinHandle<Result<(), controller::Error>>,
-    _turn: MutexGuard<'static, ()>,
+    turn: MutexGuard<'static, ()>,
 }
 
 impl Controller {
@@ -35,7 +35,10 @@ impl Controller {
     }
 
     async fn start_with(cluster: &Cluster, faults: Faults) -> Controller {
-        let turn = TURN.lock().await;
+        Self::start_in_turn(cluster, faults, TURN.lock().await).await
+    }
+
+    async fn start_in_turn(cluster: &Cluster, faults: Faults, turn: MutexGuard<'static, ()>) -> Controller {
         if std::env::var_os("LARDER_TEST_LOG").is_some() {
             larder::telemetry::init_logs(larder::telemetry::LogFormat::Text);
         }
@@ -52,18 +55,24 @@ impl Controller {
             faults,
             stop,
             task,
-            _turn: turn,
+            turn,
         }
     }
 
     /// Ends it as SIGTERM does.
     async fn stop(self) {
+        drop(self.end().await);
+    }
+
+    /// Likewise, and keeps the turn.
+    async fn end(self) -> MutexGuard<'static, ()> {
         self.stop.send_replace(true);
         let ended = tokio::time::timeout(Duration::from_secs(10), self.task).await;
         ended
             .expect("it ends within ten seconds")
             .expect("it does not panic")
             .expect("it ends well");
+        self.turn
     }
 }
 

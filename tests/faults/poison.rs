@@ -45,8 +45,24 @@ async fn apply(cluster: &Cluster, crds: Vec<CustomResourceDefinition>) {
             .await
             .unwrap();
     }
-    // The server takes a new schema up a moment after it has accepted it.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+}
+
+/// Waits until the API server takes a bad object, or does not: it takes a new schema up a moment after it has accepted it.
+async fn takes(api: &Api<DynamicObject>, bad: &DynamicObject, wanted: bool) {
+    let dry_run = PostParams {
+        dry_run: true,
+        ..PostParams::default()
+    };
+    let mut probe = bad.clone();
+    probe.metadata.name = Some(unique("probe"));
+    eventually(PATIENCE, &format!("{probe:?} is taken: {wanted}"), async || {
+        match api.create(&dry_run, &probe).await {
+            Ok(_) if wanted => Ok(()),
+            Err(kube::Error::Api(status)) if !wanted && status.code == 422 => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
 }
 
 async fn raw(cluster: &Cluster, kind: &str, plural: &str, namespace: Option<&str>) -> Api<DynamicObject> {
@@ -77,22 +93,34 @@ async fn bad_objects_that_are_stored_are_named_and_stop_no_others() {
     apply(cluster, loose_crds()).await;
     let source = json!({"directory": {"path": site.source("good")}});
     let create = PostParams::default();
-    let bad = object("CasManifest", "bad", json!({"source": source, "nodeSelector": 5}));
-    manifests.create(&create, &bad).await.unwrap();
-    let bad = object(
-        "RetentionPolicy",
-        &policy,
-        json!({"nodeSelector": {"site": site.node}, "maxAge": "soon"}),
-    );
-    policies.create(&create, &bad).await.unwrap();
-    for (name, size) in [("bad", json!("1 Gi")), ("worse", json!({"a": 1}))] {
+    let layer = |name: &str, size: Value| {
         let spec = json!({"manifest": {"name": "good"}, "nodeName": site.node, "sizeLimit": size});
-        layers
-            .create(&create, &object("WritableLayer", name, spec))
-            .await
-            .unwrap();
+        object("WritableLayer", name, spec)
+    };
+    let bad = [
+        (
+            &manifests,
+            object("CasManifest", "bad", json!({"source": source, "nodeSelector": 5})),
+        ),
+        (
+            &policies,
+            object(
+                "RetentionPolicy",
+                &policy,
+                json!({"nodeSelector": {"site": site.node}, "maxAge": "soon"}),
+            ),
+        ),
+        (&layers, layer("bad", json!("1 Gi"))),
+        (&layers, layer("worse", json!({"a": 1}))),
+    ];
+    for (api, object) in &bad {
+        takes(api, object, true).await;
+        api.create(&create, object).await.unwrap();
     }
     apply(cluster, larder::api::crds()).await;
+    for (api, object) in &bad {
+        takes(api, object, false).await;
+    }
 
     // The good ones, made before and after the real schema was put back, work.
     site.create_manifest("good", json!({})).await;
@@ -151,8 +179,22 @@ async fn bad_objects_that_are_stored_are_named_and_stop_no_others() {
         }
     })
     .await;
-    // A bad retention value deletes nothing, and no kind is listed over and over.
+    // A bad retention value deletes nothing, not even what the built-in policy would; and no kind is listed over and over.
+    let garbage = site.store.path().join("garbage");
+    std::fs::write(&garbage, "garbage").unwrap();
+    site.store_json(&["put", &garbage.display().to_string()]);
+    let old = std::time::SystemTime::now() - Duration::from_secs(3 * 24 * 3600);
+    for blob in site.blobs() {
+        let path = site.root().join("objects").join(&blob[..2]).join(&blob[2..]);
+        std::fs::File::open(path).unwrap().set_modified(old).unwrap();
+    }
+    let request = json!({"metadata": {"annotations": {"larder.dev/requestedAt": unique("run")}}});
+    policies
+        .patch(&policy, &PatchParams::default(), &Patch::Merge(request))
+        .await
+        .unwrap();
     let before = site.blobs();
+    assert_eq!(before.len(), 4);
     let counts: Vec<usize> = ["casmanifests", "writablelayers", "retentionpolicies"]
         .map(|plural| controller.faults.count(lists(plural)))
         .to_vec();

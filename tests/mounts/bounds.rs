@@ -118,6 +118,76 @@ fn empty_files_do_not_escape_the_limit_of_a_layer_in_memory() {
 }
 
 #[test]
+fn a_layer_of_any_size_is_nearly_full_before_it_is_full() {
+    let site = Site::new();
+    let limits = [4 << 20, 24 << 20, 64 << 20, 96 << 20];
+    for (mode, limit) in MODES.into_iter().flat_map(|mode| limits.map(|limit| (mode, limit))) {
+        let spec = LayerSpec {
+            size: Some(limit),
+            ..site.spec(mode)
+        };
+        let path = site.layers.prepare(&spec).unwrap().path;
+        let room = || site.layers.room(&spec.id).unwrap();
+        let empty = room();
+        // The tree below takes nothing.
+        assert!(
+            empty.bytes_full < 15 && empty.inodes_full < 15,
+            "{mode:?} {limit}: {empty:?}"
+        );
+        let mut file = fs::File::create(path.join("large")).unwrap();
+        let part = vec![1; (limit / 200) as usize];
+        let mut before = empty;
+        let full = loop {
+            match file.write_all(&part).and_then(|()| file.sync_all()) {
+                Ok(()) => before = room(),
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(full.raw_os_error(), Some(libc::ENOSPC), "{mode:?} {limit}");
+        assert!((95..=100).contains(&before.bytes_full), "{mode:?} {limit}: {before:?}");
+        assert!(before.used <= limit, "{mode:?} {limit}: {before:?}");
+        drop(file);
+        fs::remove_file(path.join("large")).unwrap();
+        fill_with_empty_files(&path, limit / 1024);
+        let full = room();
+        assert!(
+            full.inodes_full >= 95 && full.bytes_full < 85,
+            "{mode:?} {limit}: {full:?}"
+        );
+        assert!(!full.disk_full);
+        site.layers.release(&spec.id, false).unwrap();
+    }
+    site.nothing_is_left();
+}
+
+#[test]
+fn no_layer_on_disk_is_made_where_less_is_free_than_is_reserved() {
+    let site = Site::new();
+    let overlay = site.spec(Mode::Overlay);
+    site.layers.prepare(&overlay).unwrap();
+    let site = site.restart_with(store::Options {
+        reserved_free: u64::MAX / 2,
+    });
+    // What there is stays, and says so.
+    site.layers.prepare(&overlay).unwrap();
+    assert!(site.layers.room(&overlay.id).unwrap().disk_full);
+    let another = site.spec(Mode::Overlay);
+    let refused = site.layers.prepare(&another).unwrap_err();
+    assert!(
+        matches!(&refused, Error::Store(error) if error.is_disk_full()),
+        "{refused}"
+    );
+    assert_eq!(site.layers.record(&another.id).unwrap(), None);
+    let in_memory = site.spec(Mode::Tmpfs);
+    site.layers.prepare(&in_memory).unwrap();
+    assert!(!site.layers.room(&in_memory.id).unwrap().disk_full);
+    for spec in [&overlay, &in_memory] {
+        site.layers.release(&spec.id, false).unwrap();
+    }
+    site.nothing_is_left();
+}
+
+#[test]
 fn a_limit_too_small_for_anything_is_refused_and_leaves_nothing() {
     let site = Site::new();
     for mode in MODES {
@@ -142,7 +212,7 @@ fn a_layer_without_a_limit_has_none_but_the_disks() {
     let prepared = site.layers.prepare(&spec).unwrap();
     assert_eq!(prepared.size, None);
     fs::write(prepared.path.join("large"), vec![1; 2 * SIZE as usize]).unwrap();
-    assert!(site.layers.used_bytes(&spec.id).unwrap() >= 2 * SIZE);
+    assert!(site.layers.room(&spec.id).unwrap().used >= 2 * SIZE);
     let grown = site.layers.grow(&spec.id, SIZE);
     assert!(matches!(grown, Err(Error::Unlimited { .. })));
     assert_eq!(site.dir.loop_devices(), Vec::<PathBuf>::new());

@@ -7,6 +7,7 @@ mod bounds;
 mod kills;
 mod shared;
 mod sharing;
+mod stopped;
 
 use std::fs;
 use std::io::Write;
@@ -60,7 +61,40 @@ impl Site {
     }
 
     fn make(name: &str, turn: Option<MutexGuard<'static, ()>>) -> Self {
+        Self::in_folder(temp_store_dir(), name, turn)
+    }
+
+    /// On a disk of its own, of so many bytes.
+    fn small(bytes: u64) -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = temp_store_dir();
+        let (disk, image) = (dir.path().join("disk"), dir.path().join("small.img"));
+        fs::create_dir(&disk).unwrap();
+        fs::File::create(&image).unwrap().set_len(bytes).unwrap();
+        for (command, on) in [("mkfs.ext4 -q -F", None), ("mount -o loop", Some(&disk))] {
+            let mut words = command.split(' ');
+            let mut command = Command::new(words.next().unwrap());
+            let done = command.args(words).arg(&image).args(on).status().unwrap();
+            assert!(done.success(), "{command:?}");
+        }
+        Self::in_folder(dir, "disk/store", Some(turn))
+    }
+
+    /// In memory, where the kernel mounts no image from its file.
+    fn in_memory() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = temp_store_dir();
+        let memory = dir.path().join("memory");
+        fs::create_dir(&memory).unwrap();
+        let mut mount = Command::new("mount");
+        mount
+            .args(["-t", "tmpfs", "-o", "size=256m", "larder-test"])
+            .arg(&memory);
+        assert!(mount.status().unwrap().success());
+        Self::in_folder(dir, "memory/store", Some(turn))
+    }
+
+    fn in_folder(dir: StoreDir, name: &str, turn: Option<MutexGuard<'static, ()>>) -> Self {
         let root = dir.path().join(name);
         let (store, layers) = open(&root);
         let tree = publish(&store, "base");
@@ -87,6 +121,10 @@ impl Site {
 
     /// Another process over the same disk: everything in memory is gone, the mounts stay.
     fn restart(self) -> Self {
+        self.restart_with(store::Options::default())
+    }
+
+    fn restart_with(self, options: store::Options) -> Self {
         let Self {
             store,
             layers,
@@ -96,7 +134,7 @@ impl Site {
             turn,
         } = self;
         drop((store, layers));
-        let (store, layers) = open(&root);
+        let (store, layers) = open_with(&root, options);
         Self {
             store,
             layers,
@@ -125,9 +163,15 @@ impl Site {
     }
 
     fn nothing_is_left(&self) {
+        self.nothing_is_left_but(&[], 0);
+    }
+
+    /// These mounts and so many loop devices are not the store's.
+    fn nothing_is_left_but(&self, mounts: &[&Path], devices: usize) {
         self.layers.unmount_unused(Duration::ZERO).unwrap();
-        assert_eq!(self.dir.mounts(), Vec::<PathBuf>::new());
-        assert_eq!(self.dir.loop_devices(), Vec::<PathBuf>::new());
+        assert_eq!(self.dir.mounts(), mounts);
+        let left = self.dir.loop_devices();
+        assert_eq!(left.len(), devices, "{left:?}");
         for folder in ["layers", "mnt"] {
             let left: Vec<_> = fs::read_dir(self.root.join(folder))
                 .unwrap()
@@ -149,7 +193,11 @@ fn road() -> Option<Road> {
 }
 
 fn open(root: &Path) -> (Store, Layers) {
-    let store = Store::open(root, store::Options::default()).unwrap();
+    open_with(root, store::Options::default())
+}
+
+fn open_with(root: &Path, options: store::Options) -> (Store, Layers) {
+    let store = Store::open(root, options).unwrap();
     let options = Options {
         road: road(),
         ..Options::default()
@@ -227,7 +275,7 @@ fn what_is_written_stays_in_the_layer_and_within_its_limit() {
         let full = large.write_all(&vec![1; SIZE as usize + 1]).unwrap_err();
         assert_eq!(full.raw_os_error(), Some(libc::ENOSPC), "{mode:?}");
         fs::write(beside.path.join("room"), vec![1; 1 << 20]).unwrap();
-        assert!(site.layers.used_bytes(&spec.id).unwrap() > SIZE / 2);
+        assert!(site.layers.room(&spec.id).unwrap().used > SIZE / 2);
         drop(large);
         for id in [&spec.id, &other.id] {
             site.layers.release(id, false).unwrap();
@@ -370,6 +418,15 @@ impl Drop for Holder {
     }
 }
 
+/// Binds a layer in a mount namespace of its own, as a pod's: it would not go with the agent's own mount.
+fn bound_elsewhere(layer: &Path) -> String {
+    let shown = layer.display();
+    format!(
+        "d=$(mktemp -d); unshare --mount --propagation private sh -c \
+         'mount --bind {shown} '$d' && umount {shown} && echo ready && read _'; rmdir $d"
+    )
+}
+
 #[test]
 fn a_layer_in_use_is_not_released_and_its_user_is_named() {
     let site = Site::new();
@@ -378,14 +435,7 @@ fn a_layer_in_use_is_not_released_and_its_user_is_named() {
     let shown = path.display();
     for (command, word) in [
         (format!("exec 3<{shown}/file; echo ready; read _"), "sh"),
-        // A pod's mount namespace: the layer is bound there, and would not go with the agent's own mount.
-        (
-            format!(
-                "d=$(mktemp -d); unshare --mount --propagation private sh -c \
-                 'mount --bind {shown} '$d' && umount {shown} && echo ready && read _'; rmdir $d"
-            ),
-            "mount",
-        ),
+        (bound_elsewhere(&path), "mount"),
     ] {
         let holder = Holder::start(&command);
         let error = site.layers.release(&spec.id, false).unwrap_err();
@@ -417,6 +467,80 @@ fn patience_ends_with_a_detached_layer() {
     while !site.dir.loop_devices().is_empty() && start.elapsed().as_secs() < 10 {
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
+    site.nothing_is_left();
+}
+
+#[test]
+fn patience_never_ends_for_who_has_the_layer_mounted_himself() {
+    let site = Site::new();
+    // Without a file system of its own, its files would be removed under that one.
+    let spec = LayerSpec {
+        size: None,
+        ..site.spec(Mode::Overlay)
+    };
+    let path = site.layers.prepare(&spec).unwrap().path;
+    fs::write(path.join("new"), "new").unwrap();
+    let holder = Holder::start(&bound_elsewhere(&path));
+    let error = site.layers.release(&spec.id, true).unwrap_err();
+    assert!(
+        matches!(&error, Error::InUse { by, .. } if by.contains("mount")),
+        "{error}"
+    );
+    assert_eq!(fs::read_to_string(path.join("new")).unwrap(), "new");
+    drop(holder);
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+fn make_mutable(folder: &Path) {
+    let done = Command::new("chattr").arg("-i").arg(folder).status().unwrap();
+    assert!(done.success());
+}
+
+#[test]
+fn what_is_written_where_a_layer_is_not_mounted_yet_is_kept_and_spoils_nothing() {
+    let mut site = Site::new();
+    let spec = site.spec(Mode::Overlay);
+    let prepared = site.layers.prepare(&spec).unwrap();
+    assert_eq!(prepared.found, None);
+    let path = prepared.path;
+    fs::write(path.join("new"), "new").unwrap();
+    site = site.reboot();
+    // A pod that comes before the agent has the bare folder, and cannot take it for the layer.
+    for refused in [fs::write(path.join("lost"), "one"), fs::create_dir(path.join("lost"))] {
+        assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
+    }
+    // But on a file system that does not know that.
+    make_mutable(&path);
+    fs::write(path.join("lost"), "one").unwrap();
+    let prepared = site.layers.prepare(&spec).unwrap();
+    let found = prepared.found.unwrap();
+    assert_eq!(fs::read_to_string(found.join("lost")).unwrap(), "one");
+    assert!(found.starts_with(site.root.join("found")), "{found:?}");
+    assert_eq!(fs::read_to_string(path.join("new")).unwrap(), "new");
+    assert!(!path.join("lost").exists());
+    site = site.reboot();
+    make_mutable(&path);
+    fs::write(path.join("lost"), "two").unwrap();
+    site.layers.release(&spec.id, false).unwrap();
+    let kept: Vec<_> = fs::read_dir(site.root.join("found"))
+        .unwrap()
+        .map(|entry| fs::read_to_string(entry.unwrap().path().join("lost")).unwrap())
+        .collect();
+    assert!(kept.len() == 2 && kept.contains(&"two".to_owned()), "{kept:?}");
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_layer_whose_record_cannot_be_read_is_released_by_its_id() {
+    let site = Site::new();
+    let spec = site.spec(Mode::Overlay);
+    site.layers.prepare(&spec).unwrap();
+    let folder = site.root.join("layers").join(spec.id.as_str());
+    fs::write(folder.join("layer.json"), "{\"version\":").unwrap();
+    assert!(site.layers.record(&spec.id).is_err());
+    assert_eq!(site.layers.list().unwrap().1.len(), 1);
+    site.layers.release(&spec.id, false).unwrap();
     site.nothing_is_left();
 }
 
@@ -519,6 +643,32 @@ fn mounts_of_another_store_hold_nothing_here() {
         "a tree that this store never had would stop its collections"
     );
     there.layers.release(&spec.id, false).unwrap();
+    // Nor those of the same tree.
+    let both = [&here, &there].map(|site| {
+        let build = site.store.build().unwrap();
+        let mut tree = Tree::new(Meta::default());
+        let blob = build.put_bytes(here.store.id().as_bytes()).unwrap();
+        let kind = LeafKind::File {
+            digest: blob.digest,
+            size: blob.size,
+        };
+        let meta = Meta::default();
+        tree.add_leaf(Tree::ROOT, *b"of both", Leaf { meta, kind }).unwrap();
+        let tree = publish_tree(build, &tree.finish().unwrap(), "both");
+        let spec = LayerSpec {
+            tree,
+            ..site.spec(Mode::Tmpfs)
+        };
+        site.layers.prepare(&spec).unwrap();
+        spec
+    });
+    assert_eq!(both[0].tree, both[1].tree);
+    here.layers.release(&both[0].id, false).unwrap();
+    here.layers.unmount_unused(Duration::ZERO).unwrap();
+    here.nothing_is_left();
+    assert!(there.is_mounted(&both[1].tree));
+    there.layers.release(&both[1].id, false).unwrap();
+    there.nothing_is_left();
 }
 
 #[test]

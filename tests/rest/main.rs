@@ -27,7 +27,7 @@ async fn two_minutes_of_rest_change_no_resource_version() {
     let policies = Api::<RetentionPolicy>::all(site.cluster.client().await);
     let name = unique("rest");
     let policy = json!({"apiVersion": "larder.dev/v1alpha1", "kind": "RetentionPolicy", "metadata": {"name": name},
-        "spec": {"nodeSelector": {"site": site.node}}});
+        "spec": {"nodeSelector": {"site": site.node}, "schedule": "0 0 1 1 *"}});
     policies
         .create(&PostParams::default(), &serde_json::from_value(policy).unwrap())
         .await

@@ -375,7 +375,7 @@ impl Cluster {
 
     /// A `larder agent` with the rights of `deploy/` for this node, whose Node must exist, over a store of its own.
     /// `roots` are its values of `--source-root`. It is ready when this returns.
-    pub async fn agent_process(&self, node: &str, store: &StoreDir, roots: &[String]) -> LarderProcess {
+    pub async fn agent_process(&self, node: &str, store: &StoreDir, roots: &[String], more: &[&str]) -> LarderProcess {
         let (kubeconfig, port) = (self.agent_kubeconfig(node).await, free_port());
         let listen = format!("127.0.0.1:{port}");
         let root = store.path().join("store").to_string_lossy().into_owned();
@@ -392,6 +392,7 @@ impl Cluster {
         for allowed in roots {
             args.extend(["--source-root", allowed]);
         }
+        args.extend(more);
         let mut process = larder_process(&args, Some(&kubeconfig));
         process.wait_ready(port).await;
         process

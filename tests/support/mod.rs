@@ -23,7 +23,7 @@ pub use cluster::{Cluster, SYSTEM_NAMESPACE};
 pub use faults::{Answer, Faults, Rule};
 pub use process::{LarderProcess, free_port, http_status, larder_process};
 pub use site::{PATIENCE, Site, write_files};
-pub use store::{StoreDir, temp_store_dir};
+pub use store::{StoreDir, shut_down, temp_store_dir};
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};

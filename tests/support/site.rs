@@ -11,7 +11,7 @@ use larder::api::conditions::{READY, find};
 use larder::api::{CasManifest, NodeStore, RetentionPolicy, WritableLayer};
 use serde_json::{Value, json};
 
-use super::{Cluster, LarderProcess, StoreDir, eventually, temp_store_dir, unique};
+use super::{Cluster, LarderProcess, StoreDir, eventually, free_port, larder_process, temp_store_dir, unique};
 
 /// How long anything that the tests wait for may take, on a machine that does much else.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,7 +41,7 @@ impl Site {
         let store = temp_store_dir();
         std::fs::create_dir_all(store.path().join("sources")).expect("a folder");
         let agent = cluster
-            .agent_process(&node, &store, &[root_of(&store, &namespace)])
+            .agent_process(&node, &store, &[root_of(&store, &namespace)], &[])
             .await;
         Site {
             cluster,
@@ -54,8 +54,33 @@ impl Site {
 
     /// Starts the agent anew over the same store, after it was killed.
     pub async fn restart_agent(&mut self) {
+        self.restart_agent_with(&[]).await;
+    }
+
+    /// The same, with more arguments.
+    pub async fn restart_agent_with(&mut self, more: &[&str]) {
         let roots = [root_of(&self.store, &self.namespace)];
-        self.agent = self.cluster.agent_process(&self.node, &self.store, &roots).await;
+        let agent = self.cluster.agent_process(&self.node, &self.store, &roots, more);
+        self.agent = agent.await;
+    }
+
+    /// Starts an agent over the same store whose API server is away: nobody listens at its address.
+    pub async fn offline_agent(&self, more: &[&str]) -> LarderProcess {
+        let kubeconfig = self.store.path().join("away.kubeconfig");
+        let text = format!(
+            "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters: [{{name: c, cluster: {{server: \"http://127.0.0.1:{}\"}}}}]\n\
+             users: [{{name: u, user: {{}}}}]\ncontexts: [{{name: c, context: {{cluster: c, user: u}}}}]\n",
+            free_port()
+        );
+        std::fs::write(&kubeconfig, text).expect("a kubeconfig");
+        let (port, root) = (free_port(), self.root().display().to_string());
+        let (listen, allowed) = (format!("127.0.0.1:{port}"), root_of(&self.store, &self.namespace));
+        let mut args = vec!["agent", "--node-name", &self.node, "--root", &root];
+        args.extend(["--listen", &listen, "--source-root", &allowed]);
+        args.extend(more);
+        let mut agent = larder_process(&args, Some(&kubeconfig));
+        agent.wait_ready(port).await;
+        agent
     }
 
     /// The folder NAME among the sources, and its path as a manifest names it.

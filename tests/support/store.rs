@@ -1,5 +1,6 @@
 //! A folder for a store, from which every mount and loop device is gone at the end.
 
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -71,6 +72,8 @@ impl Drop for StoreDir {
         }
         let left = mounts_below(&self.path);
         if left.is_empty() {
+            // The folders that layers were mounted at cannot be changed.
+            let _ = Command::new("chattr").args(["-R", "-f", "-i"]).arg(&self.path).status();
             drop(self.dir.take());
         } else {
             // Removing the folder would remove what is mounted there.
@@ -125,4 +128,14 @@ fn loop_devices_below(folder: &Path) -> Vec<PathBuf> {
         }
     }
     devices
+}
+
+/// Shuts down the file system that a folder is on, which then fails every write, as when its disk is gone.
+pub fn shut_down(folder: &Path) {
+    const EXT4_IOC_SHUTDOWN: libc::c_ulong = 0x8004_587d;
+    let folder = std::fs::File::open(folder).unwrap();
+    let without_writing: u32 = 2;
+    // SAFETY: the kernel reads one `u32` through the pointer, which lives until the call returns.
+    let result = unsafe { libc::ioctl(folder.as_raw_fd(), EXT4_IOC_SHUTDOWN, &raw const without_writing) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
 }

@@ -9,7 +9,7 @@ use super::{Node, TICK};
 use crate::agent::analysis::Trouble;
 use crate::agent::plan::{self, Step};
 use crate::agent::work::Done;
-use crate::api::conditions::{OVER_LIMIT, READY, Verdict, Wanted, find, merge, reasons};
+use crate::api::conditions::{OVER_LIMIT, READY, RETENTION_FAILED, Verdict, Wanted, find, merge, reasons};
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest};
 use crate::cluster::{AGENT_MANAGER, ObjectKey, WriteError, apply_status, is_news};
 
@@ -36,6 +36,18 @@ impl Node {
                 status: true,
                 reason: reasons::LIVE_CONTENT,
                 message: over.clone(),
+            });
+        }
+        if let Some(problem) = &self.memory.state.problem {
+            let policy = spec.spec.retention.as_ref();
+            wanted.push(Wanted {
+                kind: RETENTION_FAILED,
+                status: true,
+                reason: match policy.is_some_and(|policy| policy.rules.check().is_err()) {
+                    true => reasons::INVALID_SPEC,
+                    false => reasons::RUN_FAILED,
+                },
+                message: problem.clone(),
             });
         }
         let status = NodeStoreStatus {
@@ -71,8 +83,13 @@ impl Node {
         self.writing = true;
         let (client, key) = (self.client.clone(), ObjectKey::new("", &self.node));
         let (old, new) = (&observed.status.conditions, &status.conditions);
-        self.announcer
-            .warn_of::<NodeStore>(OVER_LIMIT, &key, &observed.uid, old, new, &mut self.announced_over);
+        for (kind, announced) in [
+            (OVER_LIMIT, &mut self.announced_over),
+            (RETENTION_FAILED, &mut self.announced_failed),
+        ] {
+            self.announcer
+                .warn_of::<NodeStore>(kind, &key, &observed.uid, old, new, announced);
+        }
         let resource_version = observed.resource_version.clone();
         self.tasks.spawn(async move {
             let written = apply_status::<NodeStore, _>(&client, &key, AGENT_MANAGER, &resource_version, &status).await;

@@ -222,14 +222,19 @@ fn too_little_room_is_a_reason_for_a_run_but_not_again_and_again() {
         );
     }
     ran(&mut memory, "2026-01-01T12:00:00Z");
-    for (time, pressed) in [
-        ("2026-01-01T12:09:59Z", false),
-        ("2026-01-01T12:10:00Z", true),
-        // The clock was set back by a day.
-        ("2025-12-31T12:00:00Z", true),
-    ] {
+    for (time, pressed) in [("2026-01-01T12:09:59Z", false), ("2026-01-01T12:10:00Z", true)] {
         assert_eq!(
             is_pressed(&memory, Some(&limited), room(51, 0), at(time)),
+            pressed,
+            "{time}"
+        );
+    }
+    // The clock is set back by a day: the pause begins anew.
+    let mut earlier = memory.clone();
+    adopt(&mut earlier, Some(&limited), "n", at("2025-12-31T12:00:00Z"));
+    for (time, pressed) in [("2025-12-31T12:09:59Z", false), ("2025-12-31T12:10:00Z", true)] {
+        assert_eq!(
+            is_pressed(&earlier, Some(&limited), room(51, 0), at(time)),
             pressed,
             "{time}"
         );
@@ -252,7 +257,7 @@ fn a_clock_that_was_ahead_for_a_while_stops_no_schedule() {
         let mut memory = Memory::default();
         adopt(&mut memory, Some(&policy), "n", at("2038-01-01T12:00:00Z"));
         if has_run {
-            note(&mut memory, None, Err("no disk"), at("2038-01-02T03:00:00Z"));
+            note(&mut memory, None, Ok(&report(true)), at("2038-01-02T03:00:00Z"));
         }
         adopt(&mut memory, Some(&policy), "n", at("2026-01-01T12:00:00Z"));
         let next = at("2026-01-02T03:00:00Z");
@@ -358,4 +363,160 @@ fn jitter_is_bounded_and_differs_between_nodes() {
     assert!(delays.len() > 30 && delays.iter().all(|delay| *delay <= longest));
     assert_eq!(jitter("n", "u", longest), jitter("n", "u", longest));
     assert_eq!(jitter("n", "u", Duration::ZERO), Duration::ZERO);
+}
+
+#[test]
+fn a_run_that_failed_is_made_up_for_an_hour_later_or_at_its_next_time() {
+    let policy = policy(json!({"schedule": "0 3 * * *"}));
+    let mut memory = Memory::default();
+    let now = at("2026-01-01T00:00:00Z");
+    adopt(&mut memory, Some(&policy), "n", now);
+    let due_after = |memory: &mut Memory, time: &str| {
+        adopt(memory, Some(&policy), "n", at(time));
+        due(memory, Some(&policy), "n", at(time))
+    };
+    let half = Report {
+        failed: Some("cannot remove it".into()),
+        ..report(false)
+    };
+    let (retry, schedule) = (Trigger::Retry, Trigger::Schedule);
+    for (result, failed_at, next, trigger) in [
+        (Err("no disk"), "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z", retry),
+        (Ok(&half), "2026-01-01T01:00:00Z", "2026-01-01T02:00:00Z", retry),
+        (Err("no disk"), "2026-01-01T02:30:00Z", "2026-01-01T03:00:00Z", schedule),
+        (
+            Ok(&report(true)),
+            "2026-01-01T03:00:00Z",
+            "2026-01-02T03:00:00Z",
+            schedule,
+        ),
+    ] {
+        note(&mut memory, None, result, at(failed_at));
+        let later = at(failed_at) + jiff::SignedDuration::from_secs(1);
+        assert_eq!(due_after(&mut memory, &later.to_string()), Due::At(at(next)));
+        assert_eq!(memory.state.next_run, Some(Time(at(next))));
+        assert_eq!(due_after(&mut memory, next), Due::Now(trigger));
+    }
+
+    // The clock is set back by years: the hour is one from then on.
+    note(&mut memory, None, Err("no disk"), at("2026-01-01T04:00:00Z"));
+    assert_eq!(
+        due_after(&mut memory, "2020-01-01T00:00:00Z"),
+        Due::At(at("2020-01-01T01:00:00Z"))
+    );
+}
+
+#[test]
+fn a_run_that_something_unreadable_kept_from_deleting_is_made_up_for_when_that_is_mended() {
+    let policy = policy(json!({"schedule": "0 3 * * *"}));
+    let mut memory = Memory::default();
+    let now = at("2026-01-01T12:00:00Z");
+    adopt(&mut memory, Some(&policy), "n", now);
+    let blocked = Report {
+        blocked: vec![crate::store::Problem {
+            path: "/store/refs/x".into(),
+            message: "it is damaged".into(),
+        }],
+        ..report(true)
+    };
+    note(&mut memory, None, Ok(&blocked), now);
+    let later = at("2026-01-01T20:00:00Z");
+    let tomorrow = Due::At(at("2026-01-02T03:00:00Z"));
+    assert_eq!(due(&memory, Some(&policy), "n", later), tomorrow);
+    let said = memory.state.problem.clone().unwrap();
+    assert!(said.starts_with("nothing was deleted, because /store/refs/x"), "{said}");
+    // No edit mends it, and one that cannot be used hides it only while it is there.
+    let mut edited = ProjectedPolicy {
+        generation: 2,
+        ..policy.clone()
+    };
+    edited.rules.max_age = Some("soon".into());
+    adopt(&mut memory, Some(&edited), "n", later);
+    assert!(memory.state.problem.as_ref().unwrap().contains("soon"));
+    let policy = ProjectedPolicy {
+        generation: 3,
+        ..policy
+    };
+    adopt(&mut memory, Some(&policy), "n", later);
+    assert_eq!(memory.state.problem, Some(said));
+    unblock(&mut memory, later);
+    assert_eq!(memory.state.problem, None);
+    assert_eq!(due(&memory, Some(&policy), "n", later), Due::Now(Trigger::Retry));
+    note(&mut memory, None, Ok(&report(true)), later);
+    assert_eq!(due(&memory, Some(&policy), "n", later), tomorrow);
+}
+
+#[test]
+fn what_was_asked_for_goes_before_what_is_due_and_that_before_want_of_room() {
+    let mut policy = policy(json!({"schedule": "0 3 * * *", "maxSize": "10"}));
+    let room = Some(Room {
+        size: 20,
+        free: 50,
+        total: 100,
+    });
+    let mut memory = Memory::default();
+    adopt(&mut memory, Some(&policy), "n", at("2026-01-01T12:00:00Z"));
+    let late = at("2026-01-02T12:00:00Z");
+    let next_at = |memory: &Memory, policy: &ProjectedPolicy| next(memory, Some(policy), room, "n", late);
+    policy.requested_at = Some("1".into());
+    assert_eq!(next_at(&memory, &policy), Due::Now(Trigger::Request));
+    policy.requested_at = None;
+    assert_eq!(next_at(&memory, &policy), Due::Now(Trigger::Schedule));
+    memory.since = Some(late);
+    assert_eq!(next_at(&memory, &policy), Due::Now(Trigger::Pressure));
+    ran(&mut memory, "2026-01-02T12:00:00Z");
+    assert_eq!(next_at(&memory, &policy), Due::At(at("2026-01-03T03:00:00Z")));
+}
+
+#[test]
+fn a_run_under_rules_that_are_no_more_is_cut_off_and_made_under_the_new_ones() {
+    let mut asked = policy(json!({"schedule": "0 3 * * *", "maxAge": "1h"}));
+    asked.requested_at = Some("1".into());
+    let now = at("2026-01-01T12:00:00Z");
+    let mut memory = Memory::default();
+    adopt(&mut memory, Some(&asked), "n", now);
+    // Another request, or an edit of what runs don't know of, is no other rule.
+    let same = ProjectedPolicy {
+        requested_at: Some("2".into()),
+        generation: 2,
+        ..asked.clone()
+    };
+    assert!(!is_outdated(Some(&asked), Some(&same)));
+    let mut edited = same.clone();
+    edited.rules.schedule = "0 4 * * *".into();
+    edited.rules.time_zone = Some("Europe/Berlin".into());
+    edited.rules.jitter = Some("1h".into());
+    assert!(!is_outdated(Some(&asked), Some(&edited)));
+    edited.rules.max_age = Some("30d".into());
+    let other = ProjectedPolicy {
+        uid: "other".into(),
+        ..asked.clone()
+    };
+    for new in [Some(&edited), Some(&other), None] {
+        assert!(is_outdated(Some(&asked), new) && is_outdated(new, Some(&asked)));
+    }
+    // What was asked for is not answered by half a run.
+    note(&mut memory, asked.requested_at.clone(), Ok(&report(false)), now);
+    adopt(&mut memory, Some(&asked), "n", now);
+    assert_eq!(due(&memory, Some(&asked), "n", now), Due::Now(Trigger::Request));
+    asked.requested_at = None;
+    assert_eq!(due(&memory, Some(&asked), "n", now), Due::Now(Trigger::Retry));
+    asked.rules.suspend = true;
+    assert_eq!(due(&memory, Some(&asked), "n", now), Due::Never);
+    assert_eq!((memory.state.problem, memory.answered.len()), (None, 0));
+}
+
+#[test]
+fn a_clock_that_is_corrected_by_a_little_repeats_no_run() {
+    let policy = policy(json!({"schedule": "0 3 * * *"}));
+    let mut memory = Memory::default();
+    adopt(&mut memory, Some(&policy), "n", at("2026-01-01T12:00:00Z"));
+    ran(&mut memory, "2026-01-02T03:00:00.2Z");
+    for time in ["2026-01-02T02:59:59.9Z", "2026-01-02T03:00:00Z", "2026-01-02T03:00:01Z"] {
+        adopt(&mut memory, Some(&policy), "n", at(time));
+        assert_eq!(
+            due(&memory, Some(&policy), "n", at(time)),
+            Due::At(at("2026-01-03T03:00:00Z"))
+        );
+    }
 }

@@ -10,6 +10,8 @@ mod client;
 mod message;
 mod server;
 
+#[cfg(any(test, fuzzing))]
+pub(crate) use message::Request;
 pub use server::Control;
 
 pub(super) use client::ask;

@@ -245,3 +245,33 @@ fn what_could_not_be_moved_away_is_not_taken_for_healed() {
     assert!(found.is_sound() && done.repaired == 1);
     assert!(fs::metadata(&blob).unwrap().nlink() == 1 && place.verify().is_sound());
 }
+
+#[test]
+fn a_file_that_has_the_bytes_of_another_lost_one_by_now_costs_that_nothing() {
+    let place = Place::of(&[("a", "AAAA"), ("b", "BBBB"), ("c", "BBBB")]);
+    let blobs = [place.blob("a"), place.blob("b")];
+    place.lose("a");
+    place.lose("b");
+    // Read after `a`, and before `c`.
+    fs::write(place.source.join("b"), "AAAA").unwrap();
+    let (found, done) = place.repair();
+    assert_eq!((done.repaired, done.lost.len()), (2, 0));
+    assert!(found.is_sound());
+    assert_eq!(blobs.map(|blob| fs::read_to_string(blob).unwrap()), ["AAAA", "BBBB"]);
+    assert!(place.verify().is_sound());
+}
+
+#[test]
+fn a_tree_that_was_dropped_meanwhile_keeps_no_other_from_its_repair() {
+    let place = Place::of(&[("a", "one")]);
+    fs::write(place.source.join("b"), "two").unwrap();
+    let gone = place.build("gone", serde_json::json!({"directory": {"path": place.source}}));
+    place.lose("a");
+    let mut found = place.verify();
+    assert_eq!(found.hurt.len(), 2);
+    fs::remove_file(place.store.root().join("manifests").join(gone.hex())).unwrap();
+    let open = |_: &RefName, path: &str| SourceDir::open(&place.store, Path::new(path));
+    let origin = Origin::Recorded(&open);
+    let done = repair(&place.store, &mut found, &origin, &AtomicBool::new(false)).unwrap();
+    assert_eq!((done.repaired, done.lost.len()), (1, 0));
+}

@@ -283,7 +283,7 @@ fn a_folder_that_never_stays_the_same_is_named() {
 #[test]
 fn a_cancelled_reading_ends_soon_also_between_large_files() {
     let place = Place::new();
-    for i in 0..200 {
+    for i in 0..2000 {
         let file = fs::File::create(place.source.join(format!("f{i:03}"))).unwrap();
         file.set_len(64 << 20).unwrap();
     }
@@ -298,8 +298,8 @@ fn a_cancelled_reading_ends_soon_also_between_large_files() {
         (scan.join().unwrap(), at.elapsed())
     });
     assert!(matches!(cancelled.0, Err(Error::Cancelled)), "{:?}", cancelled.0);
-    // All of them are 12.8 GB to hash; one or two are what may still be read.
-    assert!(cancelled.1 < Duration::from_secs(5), "{:?}", cancelled.1);
+    // All of them are 128 GB to look through, which takes minutes; one or two are what may still be read.
+    assert!(cancelled.1 < Duration::from_secs(60), "{:?}", cancelled.1);
 }
 
 #[test]

@@ -65,8 +65,9 @@ pub(super) fn settled<T>(
     for _ in 1..TRIES {
         let before = gc::stored_manifests(store)?;
         let figures = Count::of(store, holders).and_then(|mut count| figures(&mut count));
-        let after: HashSet<TreeDigest> = gc::stored_manifests(store)?.into_iter().map(|(tree, _)| tree).collect();
-        if before.iter().all(|(tree, _)| after.contains(tree)) {
+        let after = gc::stored_manifests(store)?;
+        let after: HashSet<TreeDigest> = after.into_iter().map(|manifest| manifest.tree).collect();
+        if before.iter().all(|manifest| after.contains(&manifest.tree)) {
             return figures;
         }
     }

@@ -104,9 +104,21 @@ pub fn copy(
     })
 }
 
-/// Has `to` share all blocks of `from`.
+/// Has `to` share all blocks of `from`. After an error `to` is empty, or has been left as it was.
 pub fn reflink(step: Step, to: impl AsFd, from: impl AsFd) -> Result<(), Errno> {
-    at(step, || rustix::fs::ioctl_ficlone(to, from))
+    at(step, || rustix::fs::ioctl_ficlone(&to, &from))?;
+    check_shared(to, from)
+}
+
+/// Kernels have said that all went well when a disk was full, or failed, in the midst of a file: XFS told how much it had
+/// shared, and the call did not look.
+pub fn check_shared(to: impl AsFd, from: impl AsFd) -> Result<(), Errno> {
+    if rustix::fs::fstat(&to)?.st_size == rustix::fs::fstat(from)?.st_size {
+        return Ok(());
+    }
+    // What is there must not show through where a copy leaves a hole.
+    rustix::fs::ftruncate(to, 0)?;
+    Err(Errno::IO)
 }
 
 pub fn truncate(step: Step, file: impl AsFd, length: u64) -> Result<(), Errno> {

@@ -95,6 +95,7 @@ steps! {
     ImageMove,
     ManifestRemove,
     SweepSync,
+    RemovedSync,
     BlobRemove,
 
     // Verifying.

@@ -10,8 +10,9 @@ use super::{Collecting, HeldTree, Holders};
 use crate::store::files;
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
+use crate::store::quarantine::Quarantined;
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
-use crate::store::{Digest, Error, Problem, RefName, TreeDigest, error, images, manifests};
+use crate::store::{Digest, Error, Problem, RefName, TreeDigest, error, images, manifests, quarantine};
 
 /// What a mark found out; by default one that was cancelled before it began.
 #[derive(Default)]
@@ -19,7 +20,9 @@ pub(super) struct Marked {
     pub facts: Facts,
     /// The refs in whose history each manifest is, by index.
     pub history: Vec<Vec<RefName>>,
-    pub orphans: Vec<(TreeDigest, u64)>,
+    pub orphans: Vec<StoredManifest>,
+    /// What has been in quarantine for long enough.
+    pub quarantined: Vec<Quarantined>,
     pub blocked: Vec<Problem>,
     pub scanned: u64,
     /// `false`: it was cancelled. A plan made of half the facts must not be carried out.
@@ -105,7 +108,9 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Re
         }
     }
     let orphans = orphans(store, &named)?;
-    facts.orphans = orphans.iter().map(|(_, size)| size).sum();
+    let quarantined = quarantine::old(store, how.now)?;
+    facts.expired = quarantined.iter().map(|one| one.size).fold(0, u64::saturating_add);
+    facts.orphans = orphans.iter().map(|orphan| orphan.size).sum();
     let scanned = scan(store, &mut facts, &index, how)?;
     for image in images::list(store)? {
         facts.images.push(ImageFact {
@@ -120,6 +125,7 @@ pub(super) fn mark(store: &Inner, holders: &dyn Holders, how: &Collecting) -> Re
         facts,
         history,
         orphans,
+        quarantined,
         blocked,
         scanned,
         complete: !how.cancel.load(Ordering::Relaxed),
@@ -163,18 +169,24 @@ fn read_manifest(
 }
 
 /// Manifests that no ref, holder or hold names: their publish was cut short, or their history's limit was applied.
-fn orphans(store: &Inner, named: &BTreeMap<TreeDigest, Named>) -> Result<Vec<(TreeDigest, u64)>, Error> {
-    let mut orphans = Vec::new();
-    for (tree, size) in stored_manifests(store)? {
-        if !named.contains_key(&tree) {
-            orphans.push((tree, size));
-        }
-    }
+fn orphans(store: &Inner, named: &BTreeMap<TreeDigest, Named>) -> Result<Vec<StoredManifest>, Error> {
+    let mut orphans = stored_manifests(store)?;
+    orphans.retain(|manifest| !named.contains_key(&manifest.tree));
     Ok(orphans)
 }
 
-/// Every manifest in the store, and its size.
-pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<(TreeDigest, u64)>, Error> {
+/// A manifest that is in the store, whoever names it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredManifest {
+    pub tree: TreeDigest,
+    /// Bytes.
+    pub size: u64,
+    /// When it was last built, held or seen in use.
+    pub last_used: SystemTime,
+}
+
+/// Every manifest in the store, by digest.
+pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<StoredManifest>, Error> {
     let error = |e: Errno| Error::io("list", store.path(MANIFESTS), e);
     let dir = files::open_dir(&store.dir, MANIFESTS).map_err(error)?;
     let mut found = Vec::new();
@@ -182,10 +194,14 @@ pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<(TreeDige
         let tree = name.to_str().ok().and_then(TreeDigest::from_hex);
         // Another name is nothing that the store has made: it is not the store's to judge.
         if let (Some(tree), Some(stat)) = (tree, files::stat(&dir, name.as_c_str()).map_err(error)?) {
-            found.push((tree, stat.st_size.max(0) as u64));
+            found.push(StoredManifest {
+                tree,
+                size: stat.st_size.max(0) as u64,
+                last_used: files::mtime(&stat),
+            });
         }
     }
-    found.sort_unstable();
+    found.sort_unstable_by_key(|manifest| manifest.tree);
     Ok(found)
 }
 

@@ -22,19 +22,19 @@ use std::fmt;
 use std::num::NonZeroU64;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::SystemTime;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
-use super::files::lock_unless;
 use super::layout::Inner;
 use super::pace::Pace;
 use super::quarantine::Quarantined;
 use super::retention::{Facts, OverLimit, Plan, Policy, Reason, plan};
 use super::{Error, Problem, Store, TreeDigest, time};
+pub use mark::StoredManifest;
 pub(super) use mark::stored_manifests;
 use mark::{Marked, mark};
-use run::Run;
+use run::{Failures, Run};
 
 /// The trees that something outside the store needs: layers, mounts, pod volumes.
 pub trait Holders {
@@ -133,7 +133,7 @@ pub struct Gone {
     pub kind: Kind,
     pub reason: Reason,
     pub bytes: u64,
-    /// When it was last used: for history, built, mounted or current; for an image, made.
+    /// When it was last used: for history, built, mounted or current; for an image, made or seen in use by a collection.
     #[serde(with = "time")]
     pub last_used: SystemTime,
     /// The digest of a blob or manifest, the file name of an image or in quarantine.
@@ -143,7 +143,7 @@ pub struct Gone {
 /// Everything that a collection removed, or would have. A [`Gone`] for each would take more memory than the collection.
 pub struct Removals {
     facts: Facts,
-    orphans: Vec<(TreeDigest, u64)>,
+    orphans: Vec<StoredManifest>,
     quarantined: Vec<Quarantined>,
     /// In the order in which they went. The numbers are those of the facts; behind the manifests come the orphans.
     gone: Vec<(Kind, Reason, u32)>,
@@ -174,9 +174,9 @@ impl Removals {
             Kind::Manifest => match facts.manifests.get(number) {
                 Some(manifest) => (manifest.size, manifest.unused_since, manifest.tree.to_string()),
                 None => {
-                    let (tree, size) = &self.orphans[number - facts.manifests.len()];
-                    // Nobody knows when it was named last.
-                    (*size, SystemTime::UNIX_EPOCH, tree.to_string())
+                    let orphan = &self.orphans[number - facts.manifests.len()];
+                    // When it was named last nobody knows.
+                    (orphan.size, orphan.last_used, orphan.tree.to_string())
                 }
             },
             Kind::Blob => {
@@ -289,6 +289,12 @@ impl From<Unfinished> for Error {
 }
 
 impl Store {
+    /// Whether a collection, or something that waits for one, is under way; for messages only, as it may end or begin
+    /// at any moment.
+    pub fn is_collecting(&self) -> bool {
+        self.inner.collecting.is_held()
+    }
+
     /// Finds out what may go by the policy, and deletes it unless `dry_run`. Collections wait for one another; builds
     /// go on meanwhile.
     ///
@@ -327,11 +333,14 @@ impl Store {
         how: &Collecting,
         after_plan: &dyn Fn(),
     ) -> Result<(Report, Removals), Unfinished> {
-        let Collecting { dry_run, now, .. } = *how;
+        let dry_run = how.dry_run;
         let store = &self.inner;
-        // The one before may take its time, by its rate.
-        let one_at_a_time = lock_unless(&store.collecting, how.cancel);
-        let (_mark, marked) = match one_at_a_time {
+        // The one before may take its time, by its rate; then it is later than when the caller looked at the clock.
+        let asked = Instant::now();
+        let one_at_a_time = store.collecting.lock_unless(how.cancel);
+        let now = how.now + Duration::from_secs(asked.elapsed().as_secs());
+        let how = &Collecting { now, ..*how };
+        let (_mark, mut marked) = match one_at_a_time {
             Some(_) => (Some(Mark::begin(store)), mark(store, holders, how)?),
             None => (None, Marked::default()),
         };
@@ -340,6 +349,7 @@ impl Store {
             false => Plan::default(),
         };
         after_plan();
+        let old = std::mem::take(&mut marked.quarantined);
         let mut run = Run {
             store,
             marked: &marked,
@@ -352,10 +362,11 @@ impl Store {
             pace: Pace::new(how.rate),
             cancel: how.cancel,
             started: now,
+            failures: Failures::default(),
         };
         // What could not be read may need anything: then nothing goes, and a dry run promises nothing else.
         let ended = match run.blocked.is_empty() && marked.complete {
-            true => run.carry_out(dry_run),
+            true => run.carry_out(old, dry_run),
             false => Ok(()),
         };
         let complete = marked.complete && ended.is_ok() && !how.cancel.load(Ordering::Relaxed);

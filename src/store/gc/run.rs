@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use rustix::io::Errno;
 
-use super::mark::{Marked, stored_manifests};
+use super::mark::{Marked, StoredManifest, stored_manifests};
 use super::{Decision, DroppedHistory, Kind, Report};
 use crate::store::disk::{self, Step};
 use crate::store::files;
@@ -23,6 +23,8 @@ const TURN: Duration = Duration::from_millis(10);
 /// While a build is under way, a turn is followed by a pause so many times as long: names that go and files that come
 /// share the file system's journal, and the build's syncs wait for what is in it.
 const YIELD: u32 = 4;
+/// Files that cannot be removed and are passed over; one more, and the disk is broken or read-only.
+const MAX_FAILURES: u32 = 64;
 /// Names that a report gives of what went for one reason.
 const SAMPLES: usize = 5;
 
@@ -49,6 +51,26 @@ pub(super) struct Run<'a> {
     pub pace: Pace,
     pub cancel: &'a AtomicBool,
     pub started: SystemTime,
+    pub failures: Failures,
+}
+
+/// Why files could not be removed.
+#[derive(Default)]
+pub(super) struct Failures {
+    first: Option<Error>,
+    count: u32,
+}
+
+impl Failures {
+    /// One file that cannot be removed must not keep all others.
+    fn pass_over(&mut self, error: Error) -> Result<(), Error> {
+        self.count += 1;
+        if self.count > MAX_FAILURES {
+            return Err(self.first.take().unwrap_or(error));
+        }
+        self.first.get_or_insert(error);
+        Ok(())
+    }
 }
 
 impl Run<'_> {
@@ -77,9 +99,9 @@ impl Run<'_> {
     }
 
     /// Deletes, or says what would be deleted.
-    pub fn carry_out(&mut self, dry_run: bool) -> Result<(), Error> {
+    pub fn carry_out(&mut self, old: Vec<Quarantined>, dry_run: bool) -> Result<(), Error> {
         // It is needed by nothing, whatever is live.
-        self.expire(quarantine::old(self.store, self.started)?, dry_run)?;
+        self.expire(old, dry_run)?;
         if dry_run {
             self.pretend();
             return Ok(());
@@ -87,7 +109,8 @@ impl Run<'_> {
         let ended = self.execute();
         // A ref that was rewritten on a full disk has used it up.
         let spare = self.store.ensure_spare();
-        ended.and(spare)
+        let passed_over = self.failures.first.take().map_or(Ok(()), Err);
+        ended.and(passed_over).and(spare)
     }
 
     fn expire(&mut self, old: Vec<Quarantined>, dry_run: bool) -> Result<(), Error> {
@@ -95,8 +118,9 @@ impl Run<'_> {
             if self.is_cancelled() {
                 break;
             }
-            if !dry_run {
-                quarantine::discard(self.store, &one)?;
+            if !dry_run && let Err(error) = quarantine::discard(self.store, &one) {
+                self.failures.pass_over(error)?;
+                continue;
             }
             // Its wait ends early if cancelled, and then the next one is not begun.
             if !dry_run {
@@ -115,9 +139,9 @@ impl Run<'_> {
             let image = &marked.facts.images[*index];
             self.count(Kind::Image, *reason, *index, image.size, &image.name);
         }
-        for (number, (tree, size)) in marked.orphans.iter().enumerate() {
+        for (number, orphan) in marked.orphans.iter().enumerate() {
             let number = marked.facts.manifests.len() + number;
-            self.count(Kind::Manifest, Reason::Orphaned, number, *size, tree);
+            self.count(Kind::Manifest, Reason::Orphaned, number, orphan.size, orphan.tree);
         }
         for (index, reason) in &plan.manifests {
             for name in &marked.history[*index] {
@@ -146,14 +170,21 @@ impl Run<'_> {
                 Err(error) => return Err(Error::io("touch", store.path(manifest_path(&manifest.tree)), error)),
             }
         }
+        for image in marked.facts.images.iter().filter(|image| image.in_use) {
+            images::note_use(store, &image.name)?;
+        }
         for (index, reason) in &plan.images {
             let image = &marked.facts.images[*index];
             if self.is_cancelled() {
                 return Ok(());
             }
-            if images::remove(store, &image.name, &image.tree)? {
-                self.count(Kind::Image, *reason, *index, image.size, &image.name);
-                self.pace.wait(1, self.cancel);
+            match images::remove(store, &image.name, &image.tree) {
+                Ok(true) => {
+                    self.count(Kind::Image, *reason, *index, image.size, &image.name);
+                    self.pace.wait(1, self.cancel);
+                }
+                Ok(false) => {}
+                Err(error) => self.failures.pass_over(error)?,
             }
         }
 
@@ -163,7 +194,7 @@ impl Run<'_> {
             .orphans
             .iter()
             .enumerate()
-            .map(|(number, (tree, size))| (*tree, *size, known + number, Reason::Orphaned));
+            .map(|(number, orphan)| (orphan.tree, orphan.size, known + number, Reason::Orphaned));
         self.drop_manifests(orphans.collect())?;
         let mut named = vec![false; marked.facts.blobs.len()];
         for blob in marked.facts.manifests.iter().flat_map(|manifest| &manifest.blobs) {
@@ -190,7 +221,9 @@ impl Run<'_> {
             if self.is_cancelled() {
                 return Ok(());
             }
-            self.drop_history(name, &dropped)?;
+            if let Err(error) = self.drop_history(name, &dropped) {
+                self.failures.pass_over(error)?;
+            }
         }
         let manifests = plan.manifests.iter().map(|(index, reason)| {
             let manifest = &marked.facts.manifests[*index];
@@ -257,7 +290,7 @@ impl Run<'_> {
                     self.count(Kind::Manifest, reason, number, size, tree);
                     self.pace.wait(1, self.cancel);
                 }
-                Some(Err(error)) => return Err(Error::io("remove", store.path(&path), error)),
+                Some(Err(error)) => self.failures.pass_over(Error::io("remove", store.path(&path), error))?,
                 None => {}
             }
         }
@@ -289,7 +322,7 @@ impl Run<'_> {
             .enumerate()
             .map(|(index, manifest)| (manifest.tree, index))
             .collect();
-        for (tree, _) in stored_manifests(store)? {
+        for StoredManifest { tree, .. } in stored_manifests(store)? {
             if kept.contains(&tree) {
                 continue;
             }
@@ -340,10 +373,10 @@ impl Run<'_> {
         let mut done = 0;
         for (index, reason) in blobs.iter().take(self.pace.batch(BATCH)) {
             let blob = &facts.blobs[*index];
-            if let Some(leaving) = store.leave(&blob.digest)
-                && leaving.remove(blob.size)?
-            {
-                self.count(Kind::Blob, *reason, *index, blob.size, blob.digest);
+            match store.leave(&blob.digest).map(|leaving| leaving.remove(blob.size)) {
+                Some(Ok(true)) => self.count(Kind::Blob, *reason, *index, blob.size, blob.digest),
+                Some(Ok(false)) | None => {}
+                Some(Err(error)) => self.failures.pass_over(error)?,
             }
             done += 1;
             if begin.elapsed() > TURN {

@@ -311,8 +311,8 @@ fn too_little_free_space_works_like_too_much_size() {
     assert_eq!(planned(&min_free(90), &facts), Plan::default());
     let plan = planned(&min_free(140), &facts);
     assert_eq!((plan.images, plan.manifests), (vec![(1, Reason::MinFree)], vec![]));
-    facts.orphans = 50;
-    assert_eq!(planned(&min_free(140), &facts), Plan::default(), "orphans go anyhow");
+    (facts.orphans, facts.expired) = (20, 30);
+    assert_eq!(planned(&min_free(140), &facts), Plan::default(), "these go anyhow");
     assert!(planned(&min_free(100_000), &facts).over_limit.is_some());
 }
 
@@ -347,10 +347,10 @@ fn any_facts() -> impl Strategy<Value = Facts> {
         prop::collection::vec(blob, 24),
         prop::collection::vec(manifest, 0..10),
         prop::collection::vec(image, 0..6),
-        0u64..500,
+        (0u64..500, 0u64..50, 0u64..50),
     )
-        .prop_map(|(blobs, manifests, images, free)| Facts {
-            total: 0,
+        .prop_map(|(blobs, manifests, images, (free, orphans, expired))| Facts {
+            total: 10_000,
             blobs: (0u8..)
                 .zip(blobs)
                 .map(|(number, (size, days, present, leased))| BlobFact {
@@ -377,7 +377,8 @@ fn any_facts() -> impl Strategy<Value = Facts> {
                     ..super::tests::image(tree, size, in_use, days)
                 })
                 .collect(),
-            orphans: 0,
+            orphans,
+            expired,
             free,
         })
 }
@@ -423,6 +424,7 @@ fn is_part(small: &[(usize, Reason)], large: &[(usize, Reason)]) -> bool {
 /// The facts once the plan is carried out.
 fn after(facts: &Facts, plan: &Plan) -> Facts {
     let mut facts = facts.clone();
+    facts.free += std::mem::take(&mut facts.orphans) + std::mem::take(&mut facts.expired);
     for (index, _) in &plan.blobs {
         facts.blobs[*index].present = false;
         facts.free += facts.blobs[*index].size;
@@ -466,6 +468,16 @@ proptest! {
         let second = planned(&policy, &after(&facts, &first));
         prop_assert_eq!((second.manifests, second.blobs, second.images), (vec![], vec![], vec![]));
         prop_assert_eq!(second.over_limit, first.over_limit);
+    }
+
+    #[test]
+    fn the_limits_are_kept_or_it_is_said_that_they_are_not(facts in any_facts(), policy in any_policy()) {
+        let plan = planned(&policy, &facts);
+        let left = after(&facts, &plan);
+        let sizes = left.blobs.iter().filter(|blob| blob.present).map(|blob| blob.size);
+        let size: u64 = sizes.chain(left.manifests.iter().map(|one| one.size)).chain(left.images.iter().map(|one| one.size)).sum();
+        let is_over = policy.max_size.is_some_and(|most| size > most) || policy.min_free.is_some_and(|least| left.free < least);
+        prop_assert_eq!(plan.over_limit.as_ref().map(|over| (over.size, over.free)), is_over.then_some((size, left.free)));
     }
 
     #[test]

@@ -191,3 +191,33 @@ fn a_disk_without_inodes_says_so_instead_of_how_much_is_free() {
     drop(build);
     assert_eq!(check_all(&store), 1);
 }
+
+#[test]
+fn a_record_that_finds_no_room_costs_no_older_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, _guard) = small_disk(dir.path(), 32);
+    let store = Store::open(&disk.join("store"), Options::default()).unwrap();
+    publish(&store, "gone", &[("f", &noise(1, 1 << 20))]);
+    store.retire(&name("gone"), "uid-1", SystemTime::now()).unwrap();
+    let how = Collecting {
+        dry_run: true,
+        now: SystemTime::now(),
+        rate: None,
+        cancel: &never(),
+    };
+    let record = || {
+        let (report, removals) = store.collect_with(&nothing_kept(), &Trees(vec![]), &how).unwrap();
+        assert_eq!(removals.len(), 2);
+        store.record_run(&report, &removals, &serde_json::json!({"trigger": "test"}))
+    };
+    let ids: Vec<RunId> = (0..3).map(|_| record().unwrap()).collect();
+    fill(&disk.join("ballast"));
+    let error = record().unwrap_err();
+    assert!(matches!(error, Error::DiskFull { .. }), "{error}");
+    assert!(staging_is_empty(&store));
+    let Runs { runs, unreadable } = store.runs().unwrap();
+    assert_eq!(
+        (runs.iter().map(|(id, _)| id.clone()).collect(), unreadable.len()),
+        (ids, 0)
+    );
+}

@@ -108,6 +108,20 @@ fn data_is_shared_where_the_file_system_can() {
 }
 
 #[test]
+fn a_file_that_shares_only_a_part_of_another_is_none_that_shares_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str, bytes: &[u8]| {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).unwrap();
+        fs::File::options().read(true).write(true).open(path).unwrap()
+    };
+    let (whole, same, part) = (file("whole", b"whole"), file("same", b"whole"), file("part", b"who"));
+    assert_eq!(disk::check_shared(&same, &whole), Ok(()));
+    assert_eq!(disk::check_shared(&part, &whole), Err(rustix::io::Errno::IO));
+    assert_eq!((part.metadata().unwrap().len(), same.metadata().unwrap().len()), (0, 5));
+}
+
+#[test]
 fn a_source_that_may_have_changed_is_not_hashed_for_what_shares_its_blocks() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, bytes: &[u8]| {
@@ -115,8 +129,8 @@ fn a_source_that_may_have_changed_is_not_hashed_for_what_shares_its_blocks() {
         fs::File::open(dir.path().join(name)).unwrap()
     };
     // As if the source had been written to since.
-    let (source, stored) = (write("source", b"later"), write("stored", b"earlier"));
-    let of_source = (digest_of(b"later"), 5);
+    let (source, stored) = (write("source", b"later!!"), write("stored", b"earlier"));
+    let of_source = (digest_of(b"later!!"), 7);
     let of_stored = (digest_of(b"earlier"), 7);
     let stat = rustix::fs::fstat(&source).unwrap();
     let changed = SystemTime::now();

@@ -7,6 +7,7 @@ mod crash;
 mod exporting;
 pub mod full_disk;
 mod limits;
+mod meanwhile;
 mod orders;
 mod processes;
 mod refs;

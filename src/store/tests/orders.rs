@@ -54,6 +54,18 @@ enum Work {
     FailedBuild {
         tree: usize,
     },
+    /// Contents without a tree.
+    Contents {
+        tree: usize,
+    },
+    /// A tree that is kept by a build, and published once more without being put.
+    Keep {
+        tree: usize,
+        name: usize,
+    },
+    Remove {
+        tree: usize,
+    },
     Hold {
         tree: usize,
     },
@@ -74,7 +86,7 @@ enum Work {
 impl Work {
     fn any(rng: &mut StdRng) -> Work {
         let (tree, name) = (rng.random_range(0..TREES.len()), rng.random_range(0..2));
-        match rng.random_range(0..14) {
+        match rng.random_range(0..18) {
             0..5 => Work::Build {
                 tree,
                 name,
@@ -85,6 +97,9 @@ impl Work {
             8..11 => Work::Layer { tree },
             11 => Work::Retire { name },
             12 => Work::Forget { name },
+            13 => Work::Contents { tree },
+            14 | 15 => Work::Keep { tree, name },
+            16 => Work::Remove { tree },
             _ => Work::Collect {
                 keeps_history: rng.random_bool(0.3),
             },
@@ -118,6 +133,34 @@ impl Work {
                         assert_eq!(std::fs::read(blob_path(store, &digest_of(bytes))).unwrap(), *bytes);
                     }
                 }
+            }
+            Work::Contents { tree } => {
+                let build = store.build().unwrap();
+                for (_, bytes) in TREES[tree] {
+                    build.put_bytes(bytes).unwrap();
+                }
+                build.store_contents().unwrap();
+            }
+            Work::Keep { tree, name } => {
+                let build = store.build().unwrap();
+                match build.keep_tree(&digest(tree)) {
+                    Ok(kept) => {
+                        turns::point();
+                        let target = Publish {
+                            name: ref_name(name),
+                            ..target("any", "uid-1")
+                        };
+                        build.publish(&kept, target).unwrap();
+                    }
+                    Err(Error::MissingManifest { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            // What is needed stays: that is looked at in the end, and by those who hold a tree meanwhile.
+            Work::Remove { tree } => {
+                let digests = TREES[tree].iter().map(|(_, bytes)| digest_of(bytes)).collect();
+                let removed = store.remove_blobs(&digests, place, &never()).unwrap().unwrap();
+                assert!(!removed.values().any(|one| matches!(one, Removed::Failed(_))));
             }
             Work::Hold { tree } => {
                 if let Some(hold) = hold(store, tree) {
@@ -176,17 +219,20 @@ fn check_tree(store: &Store, digest: &TreeDigest) {
     }
 }
 
-/// Some works first, one after another, then some at once, of which one at least is a collection.
+/// Some works first, one after another, then some at once, of which one at least is a collection or removes contents.
 fn try_order(root: &std::path::Path, seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
     let place = Place {
         store: Store::open(root, Options::default()).unwrap(),
         layers: Mutex::default(),
     };
-    // What there is at first: current trees, history, orphans.
+    // What there is at first: contents without a tree, current trees, history, orphans.
     let mut before = Vec::new();
     for tree in 0..TREES.len() {
         let name = rng.random_range(0..2);
+        if rng.random_bool(0.3) {
+            before.push(Work::Contents { tree });
+        }
         if rng.random_bool(0.6) {
             let history_limit = rng.random_range(0..3);
             before.push(Work::Build {
@@ -203,7 +249,12 @@ fn try_order(root: &std::path::Path, seed: u64) {
     }
     before.iter().for_each(|work| work.run(&place));
     let mut works: Vec<Work> = (0..rng.random_range(1..4)).map(|_| Work::any(&mut rng)).collect();
-    works.push(Work::Collect { keeps_history: false });
+    works.push(match rng.random_ratio(1, 3) {
+        true => Work::Remove {
+            tree: rng.random_range(0..TREES.len()),
+        },
+        false => Work::Collect { keeps_history: false },
+    });
     if rng.random_ratio(1, 3) {
         works.push(Work::Collect { keeps_history: true });
     }

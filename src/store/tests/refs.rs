@@ -213,3 +213,22 @@ fn what_is_no_ref_at_all_is_reported() {
     assert!(fs::exists("/etc/passwd").unwrap());
     assert_eq!(store.refs().unwrap().unreadable.len(), 2);
 }
+
+#[test]
+fn a_ref_that_could_not_be_read_again_is_not_written() {
+    let (_dir, store) = store();
+    let before = publish(&store, "a", &[("f", b"1")]).digest;
+    let build = store.build().unwrap();
+    let tree = tree_of(&build, &[("f", b"2")]);
+    let large = Publish {
+        source: serde_json::json!({"directory": {"exclude": ["x".repeat(1 << 20)]}}),
+        ..target("a", "uid-1")
+    };
+    let error = build.publish(&tree, large).unwrap_err().to_string();
+    assert!(
+        error.contains("refs/test/a") && error.contains("larger than 1048576"),
+        "{error}"
+    );
+    let entry = store.get_ref(&name("a")).unwrap().unwrap();
+    assert_eq!(entry.current.map(|revision| revision.digest), Some(before));
+}

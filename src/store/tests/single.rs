@@ -2,13 +2,26 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::process::Command;
 
+use super::full_disk::Unmount;
 use crate::store::testing::*;
 use crate::store::{Digest, Error, Held, Holders, Needed, Options, Problem, Reader, Removed, Store};
 
+/// A content that no tree names.
+fn put_loose(store: &Store) -> Digest {
+    let build = store.build().unwrap();
+    let digest = build.put_bytes(b"loose").unwrap().digest;
+    build.store_contents().unwrap();
+    digest
+}
+
 fn rm(store: &Store, digest: Digest) -> Removed {
     let wanted = BTreeSet::from([digest]);
-    let removed = store.remove_blobs(&wanted, &Trees(Vec::new())).unwrap().unwrap();
+    let removed = store
+        .remove_blobs(&wanted, &Trees(Vec::new()), &never())
+        .unwrap()
+        .unwrap();
     removed.into_values().next().unwrap()
 }
 
@@ -86,9 +99,7 @@ fn contents_without_a_tree_outlive_their_build_and_a_reopening() {
 #[test]
 fn a_content_that_a_running_build_has_found_is_not_removed() {
     let (_dir, store) = store();
-    let build = store.build().unwrap();
-    let digest = build.put_bytes(b"loose").unwrap().digest;
-    build.store_contents().unwrap();
+    let digest = put_loose(&store);
     let build = store.build().unwrap();
     assert_eq!(build.find(&digest).unwrap(), Some(5));
     let by_build = Removed::Needed(Needed {
@@ -114,14 +125,60 @@ fn a_content_that_a_running_build_has_found_is_not_removed() {
 #[test]
 fn a_removed_content_is_counted_no_more_and_can_be_stored_again() {
     let (_dir, store) = store();
-    let build = store.build().unwrap();
-    let digest = build.put_bytes(b"loose").unwrap().digest;
-    build.store_contents().unwrap();
+    let digest = put_loose(&store);
     assert_eq!(store.blobs().unwrap(), (1, 5));
     assert_eq!(rm(&store, digest), Removed::Gone(5));
     assert_eq!(store.blobs().unwrap(), (0, 0));
     assert_eq!(rm(&store, digest), Removed::Missing);
     publish(&store, "t", &[("a", b"loose")]);
+    assert_eq!(check_all(&store), 1);
+}
+
+#[test]
+fn one_content_that_the_disk_does_not_remove_keeps_no_other_and_is_told() {
+    let (_dir, store) = store();
+    let build = store.build().unwrap();
+    let wanted: BTreeSet<Digest> = (0..5u8).map(|n| build.put_bytes(&[n]).unwrap().digest).collect();
+    build.store_contents().unwrap();
+    let third = *wanted.iter().nth(2).unwrap();
+    let path = blob_path(&store, &third);
+    // What something is mounted on cannot be removed.
+    let mounted = Command::new("mount").arg("--bind").arg(&path).arg(&path).status();
+    assert!(mounted.unwrap().success(), "this test mounts: run it as root");
+    let unmount = Unmount(path.clone());
+    let remove = || store.remove_blobs(&wanted, &Trees(vec![]), &never()).unwrap().unwrap();
+    for (digest, removed) in remove() {
+        match removed {
+            Removed::Failed(why) if digest == third => assert!(why.contains(path.to_str().unwrap()), "{why}"),
+            removed => assert_eq!((removed, digest == third), (Removed::Gone(1), false)),
+        }
+    }
+    assert_eq!(store.blobs().unwrap(), (1, 1));
+    drop(unmount);
+    assert_eq!(remove()[&third], Removed::Gone(1));
+}
+
+/// Builds a tree of the content that is to be removed when the manifests have been read.
+struct Builds<'a>(&'a Store);
+
+impl Holders for Builds<'_> {
+    fn held(&self) -> Result<Held, Error> {
+        publish(self.0, "t", &[("a", b"loose")]);
+        Trees(Vec::new()).held()
+    }
+}
+
+#[test]
+fn a_content_that_a_build_needed_which_has_ended_meanwhile_is_not_removed() {
+    let (_dir, store) = store();
+    let digest = put_loose(&store);
+    let wanted = BTreeSet::from([digest]);
+    let removed = store.remove_blobs(&wanted, &Builds(&store), &never()).unwrap().unwrap();
+    let by_build = Needed {
+        by_build: true,
+        ..Needed::default()
+    };
+    assert_eq!(removed[&digest], Removed::Needed(by_build));
     assert_eq!(check_all(&store), 1);
 }
 
@@ -143,22 +200,23 @@ impl Holders for Unreadable {
 #[test]
 fn nothing_is_removed_while_anything_that_may_need_it_cannot_be_read() {
     let (_dir, store) = store();
-    let build = store.build().unwrap();
-    let digest = build.put_bytes(b"loose").unwrap().digest;
-    build.store_contents().unwrap();
+    let digest = put_loose(&store);
     let wanted = BTreeSet::from([digest]);
-    let refused = store.remove_blobs(&wanted, &Unreadable).unwrap().unwrap_err();
+    let refused = store.remove_blobs(&wanted, &Unreadable, &never()).unwrap().unwrap_err();
     assert_eq!(refused[0].path, "layers/x");
     let write = |path: &Path| std::fs::write(path, "x").unwrap();
     let manifest = store.root().join("manifests").join(digest.hex());
     write(&manifest);
     let none = Trees(Vec::new());
-    assert_eq!(store.remove_blobs(&wanted, &none).unwrap().unwrap_err().len(), 1);
+    assert_eq!(
+        store.remove_blobs(&wanted, &none, &never()).unwrap().unwrap_err().len(),
+        1
+    );
     std::fs::remove_file(&manifest).unwrap();
     std::fs::create_dir(store.root().join("refs/test")).unwrap();
     let entry = store.root().join("refs/test/bad");
     write(&entry);
-    let refused = store.remove_blobs(&wanted, &none).unwrap().unwrap_err();
+    let refused = store.remove_blobs(&wanted, &none, &never()).unwrap().unwrap_err();
     assert_eq!(refused[0].path, entry.display().to_string());
     assert!(store.read(&digest).is_ok());
     std::fs::remove_file(&entry).unwrap();

@@ -98,6 +98,17 @@ impl Tree {
         Some(entries[index].node)
     }
 
+    /// How many names each leaf has.
+    pub fn links(&self) -> Vec<u32> {
+        let mut links = vec![0u32; self.leaves.len()];
+        for entry in self.dirs.iter().flat_map(|dir| &dir.entries) {
+            if let Node::Leaf(id) = entry.node {
+                links[id.0 as usize] = links[id.0 as usize].saturating_add(1);
+            }
+        }
+        links
+    }
+
     /// Visits every entry. The tree must be one (a finished, decoded or loaded one is).
     pub fn walk(&self) -> Walk<'_> {
         Walk {

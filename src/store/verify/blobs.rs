@@ -74,7 +74,7 @@ fn is_in_sample(digest: &Digest, fraction: f64, seed: u64) -> bool {
 
 /// The time of the last change of anything about a file. One that does not fit counts as now: it is read.
 fn changed(stat: &rustix::fs::Stat) -> SystemTime {
-    let since_1970 = u64::try_from(stat.st_ctime).map(|seconds| Duration::new(seconds, 0));
+    let since_1970 = u64::try_from(stat.st_ctime).map(|seconds| Duration::new(seconds, stat.st_ctime_nsec as u32));
     let time = since_1970
         .ok()
         .and_then(|time| SystemTime::UNIX_EPOCH.checked_add(time));
@@ -287,6 +287,7 @@ fn set_aside(store: &Inner, digest: &Digest, fault: Fault, id: Option<FileId>) -
         fault,
         quarantined: None,
         not_moved: None,
+        not_durable: None,
         healed: false,
         files: 0,
         samples: Vec::new(),
@@ -298,7 +299,10 @@ fn set_aside(store: &Inner, digest: &Digest, fault: Fault, id: Option<FileId>) -
     match id.filter(|_| movable) {
         None => bad.not_moved = Some("it may be good: the system could not read it just now".to_owned()),
         Some(id) => match quarantine::take(store, digest, id, SystemTime::now()) {
-            Ok(Some(to)) => bad.quarantined = Some(to),
+            Ok(Some(taken)) => {
+                bad.quarantined = Some(taken.path);
+                bad.not_durable = taken.not_synced.map(|error| error.to_string());
+            }
             Ok(None) => return None,
             Err(error) => bad.not_moved = Some(error.to_string()),
         },

@@ -15,6 +15,7 @@ mod record;
 mod tests;
 mod trees;
 
+use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -22,7 +23,6 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use super::files::lock;
 use super::{Digest, Error, FileOf, Problem, Store, TreeDigest, time};
 
 /// Which blobs are read. Refs, manifests, and whether blobs are there with the right length, are always looked at.
@@ -71,8 +71,11 @@ pub struct Verification {
     pub started: SystemTime,
     #[serde(with = "time")]
     pub finished: SystemTime,
-    /// `false`: it was cancelled, and what had been found by then is told.
+    /// `false`: it was cancelled or has failed, and what had been found by then is told.
     pub complete: bool,
+    /// Why it ended early.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
     /// Blobs that were read and hashed (or could not be), and the bytes that were read.
     pub blobs: u64,
     pub bytes: u64,
@@ -105,6 +108,8 @@ pub struct BadBlob {
     pub quarantined: Option<PathBuf>,
     /// Why it was not moved although it should have been; it is still under its name then.
     pub not_moved: Option<String>,
+    /// Why it may be under its name again after a power cut, although it was moved.
+    pub not_durable: Option<String>,
     /// Is a right one under its name by now? Somebody has put it again.
     pub healed: bool,
     /// Files that it is the content of, in stored trees: names of hard links each.
@@ -174,7 +179,7 @@ impl Store {
     /// Reads blobs and all manifests and refs, quarantines the blobs that are wrong, and tells what they hurt.
     ///
     /// Blocks, for as long as the disk takes; verifications wait for one another. After `cancel` is set it ends soon,
-    /// and the report is not `complete`. Fails only if folders of the store cannot be listed.
+    /// and the report is not `complete`. Fails only if the contents cannot be listed: what goes wrong later is in the report.
     pub fn verify(
         &self,
         options: &VerifyOptions,
@@ -182,7 +187,7 @@ impl Store {
         cancel: &AtomicBool,
     ) -> Result<Verification, Error> {
         let store = &self.inner;
-        let _one_at_a_time = lock(&store.verifying);
+        let _one_at_a_time = store.verifying.lock_unless(cancel).ok_or(Error::Cancelled)?;
         let started = SystemTime::now();
         let since = match options.scope {
             Scope::Changed => record::last_full(store, started),
@@ -196,6 +201,7 @@ impl Store {
             started,
             finished: started,
             complete: !cancel.load(Ordering::Relaxed),
+            failed: None,
             blobs: read(&progress.blobs),
             bytes: read(&progress.bytes),
             passed_over: chosen.passed_over,
@@ -208,21 +214,40 @@ impl Store {
             quarantined_blobs: 0,
             quarantined_bytes: 0,
         };
+        let ended = self.judge(&mut report, &mut bad, cancel);
+        // Whatever went wrong since: what was moved away must not go without a word.
+        report.bad_blobs = bad.into_values().collect();
+        report.finished = SystemTime::now().max(started);
+        if let Err(error) = ended {
+            report.complete = false;
+            report.failed = Some(error.to_string());
+        }
+        Ok(report)
+    }
+
+    /// What the bad blobs hurt, and all besides that is to be said of the store.
+    fn judge(
+        &self,
+        report: &mut Verification,
+        bad: &mut BTreeMap<Digest, BadBlob>,
+        cancel: &AtomicBool,
+    ) -> Result<(), Error> {
+        let store = &self.inner;
         // Also after a cancellation: what was quarantined until then must not go without saying what it hurts.
         if report.complete || !bad.is_empty() {
-            trees::check(store, &mut report, &mut bad)?;
+            trees::check(store, report, bad, cancel)?;
         }
-        report.bad_blobs = bad.into_values().collect();
         for one in super::quarantine::list(store)? {
             report.quarantined_blobs += 1;
             report.quarantined_bytes = report.quarantined_bytes.saturating_add(one.size);
         }
-        report.finished = SystemTime::now().max(started);
-        let in_place = report.bad_blobs.iter().any(|bad| bad.not_moved.is_some());
-        // What is still under its name must be found again by what looks for changes.
-        if options.scope == Scope::All && report.complete && !in_place {
-            record::write_full(store, started)?;
+        let in_place = bad
+            .values()
+            .any(|bad| bad.not_moved.is_some() || bad.not_durable.is_some());
+        // What is still under its name, or may come back to it, must be found again by what looks for changes.
+        if report.scope == Scope::All && report.complete && !in_place {
+            record::write_full(store, report.started)?;
         }
-        Ok(report)
+        Ok(())
     }
 }

@@ -1,6 +1,7 @@
 //! Refs, manifests, and what lacks what.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::sync::atomic::AtomicBool;
 
 use super::{BadBlob, BadManifest, Fault, FileOf, HurtFile, HurtTree, Verification, blobs};
 use crate::store::index::Index;
@@ -38,9 +39,20 @@ pub(super) fn check(
     store: &Inner,
     report: &mut Verification,
     bad: &mut BTreeMap<Digest, BadBlob>,
+    cancel: &AtomicBool,
 ) -> Result<(), Error> {
-    // While it is held, no manifest and no blob of one goes: what is missing now is damage.
-    let _no_collection = files::lock(&store.collecting);
+    // While it is held, no manifest and no blob of one goes: what is missing now is damage. A collection takes its time;
+    // after a cancellation it is waited for only if something was found.
+    let _no_collection = match bad.is_empty() {
+        false => store.collecting.lock(),
+        true => match store.collecting.lock_unless(cancel) {
+            Some(guard) => guard,
+            None => {
+                report.complete = false;
+                return Ok(());
+            }
+        },
+    };
     let (good, lengths) = loop {
         let (good, named) = read(store, report)?;
         let moved = |bad: &BTreeMap<Digest, BadBlob>| bad.values().filter(|one| one.quarantined.is_some()).count();
@@ -139,6 +151,7 @@ fn look(store: &Inner, digest: &Digest, size: u64, bad: &mut BTreeMap<Digest, Ba
                 fault: Fault::Missing,
                 quarantined: None,
                 not_moved: None,
+                not_durable: None,
                 healed: false,
                 files: 0,
                 samples: Vec::new(),

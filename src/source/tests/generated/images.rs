@@ -1,7 +1,10 @@
 //! Images of generated folders, as the kernel shows them with the store's contents behind them, compared by the eye of
 //! its own with what was made; and as `fsck.erofs` finds them.
 
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use super::*;
 use crate::layer::{LayerId, Mode, Road};
@@ -177,7 +180,7 @@ fn a_verification_finds_any_byte_of_an_image_that_is_another() {
     let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
     let (made, tree, whole) = images.small();
     let (path, cancel) = (images.image(), AtomicBool::new(false));
-    let verify = || images.layers.verify_images(&cancel).unwrap();
+    let verify = || images.layers.verify_images(None, &cancel).unwrap();
     let sound = layer::ImageVerification {
         images: 1,
         ..Default::default()
@@ -217,6 +220,29 @@ fn a_verification_finds_any_byte_of_an_image_that_is_another() {
     let found = verify();
     assert_eq!((found.images, found.passed_over.len()), (0, 1), "{found:?}");
     assert!(found.passed_over[0].message.contains(&tree.to_string()), "{found:?}");
+}
+
+#[test]
+fn images_are_compared_no_faster_than_asked_and_no_longer_than_wanted() {
+    let images = Images::new(64, &["-m0", "-b4096"], Road::Descriptors);
+    let (_, _, whole) = images.small();
+    let never = AtomicBool::new(false);
+    // Made anew and read: twice its bytes, in half a second.
+    let rate = NonZeroU64::new(4 * whole.len() as u64);
+    let begun = Instant::now();
+    assert_eq!(images.layers.verify_images(rate, &never).unwrap().images, 1);
+    // What was not used before the first wait counts.
+    assert!(begun.elapsed() > Duration::from_millis(350), "{:?}", begun.elapsed());
+    let slow = NonZeroU64::new(whole.len() as u64 / 600);
+    let cancel = &AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let found = scope.spawn(|| images.layers.verify_images(slow, cancel).unwrap());
+        std::thread::sleep(Duration::from_millis(100));
+        cancel.store(true, Ordering::Relaxed);
+        assert_eq!(found.join().unwrap(), layer::ImageVerification::default());
+    });
+    assert!(begun.elapsed() < Duration::from_secs(300));
+    assert!(fs::read(images.image()).unwrap() == whole);
 }
 
 #[test]

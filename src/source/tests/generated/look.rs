@@ -139,7 +139,13 @@ fn below(folder: &OwnedFd, path: &[u8], each: &mut Visit<'_>) {
 }
 
 fn open(at: impl std::os::fd::AsFd, name: &[u8]) -> OwnedFd {
-    openat(at, name, OFlags::RDONLY | OFlags::NOFOLLOW, Mode::empty()).unwrap()
+    openat(
+        at,
+        name,
+        OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
+        Mode::empty(),
+    )
+    .unwrap()
 }
 
 fn entry(folder: &OwnedFd, name: &[u8], path: &[u8], inodes: &mut HashMap<(u64, u64), Vec<u8>>) -> Entry {

@@ -309,7 +309,12 @@ impl<'a> Writer<'a> {
     fn nameless(&mut self) {
         use std::os::fd::AsRawFd;
         let (folder, path, content) = (self.folder(), self.new_path(), self.content());
-        let Ok(file) = openat(CWD, &folder, OFlags::TMPFILE | OFlags::RDWR, Mode::RWXU) else {
+        let Ok(file) = openat(
+            CWD,
+            &folder,
+            OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC,
+            Mode::RWXU,
+        ) else {
             return;
         };
         let mut file = File::from(file);

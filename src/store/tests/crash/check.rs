@@ -136,6 +136,10 @@ pub struct Promise {
     refs: BTreeMap<String, BTreeSet<Ref>>,
     /// What was begun: how the ref can be if it has been done.
     begun: BTreeMap<String, BTreeSet<Ref>>,
+    /// Contents that no tree names and that are there.
+    contents: BTreeSet<String>,
+    /// Contents that were removed.
+    removed: BTreeSet<String>,
 }
 
 impl Promise {
@@ -146,7 +150,7 @@ impl Promise {
             refs: refs
                 .map(|(name, entry)| (name.clone(), [entry.clone()].into()))
                 .collect(),
-            begun: BTreeMap::new(),
+            ..Self::default()
         }
     }
 
@@ -186,7 +190,12 @@ impl Promise {
                 entry.history.truncate(HISTORY as usize);
             }),
             "forgetting" => self.begin(&name, |entry| *entry = Ref::default()),
+            "putting" => self.removed.clear(),
+            "put" => drop(self.contents.insert(digest)),
+            "removing" => drop(self.contents.remove(&digest)),
+            "removed" => drop(self.removed.insert(digest)),
             "collecting" => {
+                self.contents.clear();
                 for name in self.refs.keys().cloned().collect::<Vec<_>>() {
                     self.begin(&name, |entry| entry.history.retain(|old| *old == digest));
                 }
@@ -199,13 +208,17 @@ impl Promise {
                     self.refs.insert(name, before.union(&after).cloned().collect());
                 }
             }
-            "opened" | "exported" | "verified" | "reopened" => {}
+            "opened" | "exported" | "moved" | "unmoved" | "verified" | "reopened" => {}
             other => panic!("{other:?} is none of a life's actions"),
         }
     }
 
     /// Fails unless every ref is as it was before what was begun, or as it is after it.
     pub fn check(&self, state: &State) {
+        let lost: Vec<&String> = self.contents.difference(&state.objects).collect();
+        assert!(lost.is_empty(), "{lost:?} were put, and are not there");
+        let back: Vec<&String> = self.removed.intersection(&state.objects).collect();
+        assert!(back.is_empty(), "{back:?} were removed, and are there");
         let known = self.refs.keys().chain(self.begun.keys());
         for name in known.chain(state.refs.keys()) {
             let found = state.refs.get(name).cloned().unwrap_or_default();

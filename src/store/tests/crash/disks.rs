@@ -88,6 +88,14 @@ impl Disk {
             .args(["-o", "loop"])
             .arg(&self.image)
             .arg(&self.mount));
+        // A mount namespace that was made meanwhile, as by another test run, keeps what was mounted then: this is the
+        // file system that was shut down once more, and says nothing of the disk.
+        let synced = File::open(&self.mount).and_then(|folder| folder.sync_all());
+        assert!(
+            synced.is_ok(),
+            "{}: {synced:?}: is it still mounted in another mount namespace?",
+            self.mount.display()
+        );
     }
 
     /// Makes all that it holds durable.

@@ -36,7 +36,11 @@ fn give_back(folder: &Path) {
     let path = folder.join("ballast");
     match path.is_dir() {
         true => fs::remove_dir_all(path).unwrap(),
-        false => fs::remove_file(path).unwrap(),
+        false => {
+            // XFS frees the blocks of a file that is removed at some time later, and those of one that is cut off at once.
+            File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+            fs::remove_file(path).unwrap();
+        }
     }
 }
 

@@ -22,7 +22,7 @@ const BIG: usize = (1 << 20) + 4321;
 /// Former revisions that refs keep.
 pub const HISTORY: u32 = 2;
 
-/// Is told what is about to be done, and what has been: an action, a ref's name (or `-`) and a tree's digest (or `-`).
+/// Is told what is about to be done, and what has been: an action, a ref's name (or `-`) and a digest (or `-`).
 pub type Say<'a> = &'a mut dyn FnMut(&str, &str, &str);
 
 /// Bytes that no other seed has, no page like another, and then zeros up to a length.
@@ -111,6 +111,35 @@ fn publish(store: &Store, sources: &Path, (name, version): (&str, u64), say: Say
     Ok(digest)
 }
 
+/// Contents that no tree names: they stay until a collection, or until they are removed by hand.
+fn put(store: &Store, sources: &Path, say: Say<'_>) -> Result<(), Error> {
+    let small = bytes(500, 900, 900);
+    let (first, loose) = (digest_of(&small), source(sources, "loose", 501, BIG, BIG));
+    let build = store.build()?;
+    build.put_bytes(&small)?;
+    let second = build.put_file(&loose)?.digest;
+    say("putting", "-", &first.to_string());
+    build.store_contents()?;
+    say("put", "-", &first.to_string());
+    say("put", "-", &second.to_string());
+    say("removing", "-", &second.to_string());
+    let failed = |name: String, message: String| Error::BadRef { name, message };
+    match store.remove_blobs(&[second].into(), &Trees(vec![]), &never())? {
+        Ok(done) => {
+            if let Some(Removed::Failed(why)) = done.into_values().next() {
+                return Err(failed(second.to_string(), why));
+            }
+        }
+        // It could not be read just now.
+        Err(problems) => {
+            let problem = problems.into_iter().next().expect("what stopped it");
+            return Err(failed(problem.path, problem.message));
+        }
+    }
+    say("removed", "-", &second.to_string());
+    Ok(())
+}
+
 /// Lives it with the store at `root`; a tree is exported to `out`. Fails with what the store failed with.
 pub fn live(root: &Path, out: &Path, say: Say<'_>) -> Result<(), Error> {
     // Beside the store, so that blocks can be shared.
@@ -118,6 +147,7 @@ pub fn live(root: &Path, out: &Path, say: Say<'_>) -> Result<(), Error> {
     fs::create_dir_all(&sources).unwrap();
     let store = Store::open(root, Options::default())?;
     say("opened", "-", "-");
+    put(&store, &sources, say)?;
     let first = publish(&store, &sources, ("kept", 0), say)?;
     publish(&store, &sources, ("retired", 1), say)?;
     publish(&store, &sources, ("forgotten", 2), say)?;
@@ -201,6 +231,17 @@ pub fn live(root: &Path, out: &Path, say: Say<'_>) -> Result<(), Error> {
             name: "verified".to_owned(),
             message: format!("{found:?}"),
         });
+    }
+    for bad in &found.bad_blobs {
+        let moved = match bad.quarantined.is_some() && bad.not_moved.is_none() {
+            true => "moved",
+            false => "unmoved",
+        };
+        let durable = match bad.not_durable {
+            None => "durable",
+            Some(_) => "volatile",
+        };
+        say(moved, durable, &bad.digest.to_string());
     }
     if !found.is_sound() {
         // A disk that could not read a blob, twice: it is quarantined, and what is current is built again.

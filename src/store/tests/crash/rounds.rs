@@ -179,6 +179,10 @@ impl Rounds {
             Ended::Killed => "killed",
         };
         *self.ended.entry(ended).or_default() += 1;
+        let bad = |line: &&String| line.starts_with("moved ") || line.starts_with("unmoved ");
+        if let (Some(line), []) = (life.said.iter().find(bad), &target.detour[..]) {
+            panic!("{line:?} was found bad, and nothing has damaged it");
+        }
         if let Some(disk) = &self.disk {
             disk.mount_again();
         }
