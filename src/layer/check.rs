@@ -47,13 +47,17 @@ pub(super) fn check(id: &LayerId, image: &Path) -> Result<Option<String>, Error>
         let dev = fs::metadata(&device.path).context("stat", &device.path)?.rdev();
         let dev = (major(dev), minor(dev));
         let mounts = inuse::mounts(Some(dev), Path::new(""), |_| false).context("look for mounts of", image)?;
-        return match mounts.is_empty() {
-            false => Ok(None),
-            true => Err(in_use(format!(
+        if !mounts.is_empty() {
+            return Ok(None);
+        }
+        let path = device.path.clone();
+        drop(device);
+        if disk::is_attached(image)? {
+            return Err(in_use(format!(
                 "{}, which is over disk.img and not mounted: detach it",
-                device.path.display()
-            ))),
-        };
+                path.display()
+            )));
+        }
     }
     match flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Err(Errno::WOULDBLOCK) => return Err(in_use("a process that has locked disk.img".to_owned())),

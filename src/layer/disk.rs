@@ -11,7 +11,7 @@ use std::process::{Command, Output, Stdio};
 use super::error::IoContext;
 use super::mount::{self, open_folder};
 use super::used::Room;
-use super::{Error, loopdev};
+use super::{Error, PAUSE, TRIES, loopdev};
 
 const MIB: u64 = 1 << 20;
 /// The smallest image that mkfs makes something usable of.
@@ -64,9 +64,17 @@ pub(super) fn device_of(image: &Path, file: &File) -> Result<Option<loopdev::Loo
     loopdev::find(file).context("look for a loop device of", image)
 }
 
-/// Whether the image has a loop device, as while its file system is mounted, wherever that is.
+/// Whether the image has a loop device, as while its file system is mounted, wherever that is. For a moment it has one
+/// also afterwards: whoever looks for a device of their own opens each ([`loopdev::find`]), and the last one detaches it.
 pub(super) fn is_attached(image: &Path) -> Result<bool, Error> {
-    Ok(device_of(image, &open(image)?)?.is_some())
+    let file = open(image)?;
+    for _ in 0..TRIES {
+        if device_of(image, &file)?.is_none() {
+            return Ok(false);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    Ok(true)
 }
 
 /// Runs a program of e2fsprogs.

@@ -69,6 +69,10 @@ use crate::store::{Held, HeldTree, Hold, Holders, Problem, Store, TreeDigest};
 /// Mountinfo's source of every mount that shows a tree: this, and the tree's digest.
 pub const SOURCE_PREFIX: &str = "larder:";
 
+/// How often, and after what pause, something busy that nobody is seen to use is tried again.
+const TRIES: u32 = 5;
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// What holds for every layer of a node.
 #[derive(Debug, Clone, Default)]
 pub struct Options {
@@ -375,16 +379,7 @@ impl Holders for Layers {
 /// Whether a mount surely stands on another store than that at `root`: each of its lower folders is named as an image's
 /// mount or copy is, and none is this store's. A mount that does not say where it stands counts as this store's.
 fn is_elsewhere(mount: &mountinfo::Mount, root: &Path) -> bool {
-    use std::os::unix::ffi::OsStrExt;
-    let options = mount.options.split(|byte| *byte == b',');
-    let lowers: Vec<&Path> = options
-        .filter_map(|option| {
-            option
-                .strip_prefix(b"lowerdir+=")
-                .or_else(|| option.strip_prefix(b"lowerdir="))
-        })
-        .map(|lower| Path::new(std::ffi::OsStr::from_bytes(lower)))
-        .collect();
+    let lowers = lowers(mount);
     // A path by descriptor, or one that a comma cut, names nothing.
     let named = |lower: &&Path| lower.parent().is_some_and(|folder| folder.ends_with("images"));
     // What a comma in our own path cut may look like another store's; uncut, it is in the options all the same.
@@ -393,6 +388,37 @@ fn is_elsewhere(mount: &mountinfo::Mount, root: &Path) -> bool {
         mount.options.windows(ours.len()).any(|part| part == ours)
     });
     !lowers.is_empty() && !says_ours && lowers.iter().all(named)
+}
+
+/// Whether a mount of a tree surely stands on what was made of it under another name ([`shared::stem`]) than this.
+fn is_of_another(mount: &mountinfo::Mount, stem: &str) -> bool {
+    let lowers = lowers(mount);
+    let names = |lower: &Path| {
+        let folder = lower.parent()?;
+        let name = lower.file_name()?.to_str()?;
+        let name = name.strip_suffix(".tree").unwrap_or(name);
+        let is_name = folder.ends_with("images") && shared::parts_of(name).is_some();
+        is_name.then(|| name.to_owned())
+    };
+    // The first is the tree; there may be an empty one beside it.
+    lowers
+        .first()
+        .and_then(|lower| names(lower))
+        .is_some_and(|name| name != stem)
+}
+
+/// The lower folders of an overlay, as far as it says them.
+fn lowers(mount: &mountinfo::Mount) -> Vec<&Path> {
+    use std::os::unix::ffi::OsStrExt;
+    let options = mount.options.split(|byte| *byte == b',');
+    options
+        .filter_map(|option| {
+            option
+                .strip_prefix(b"lowerdir+=")
+                .or_else(|| option.strip_prefix(b"lowerdir="))
+        })
+        .map(|lower| Path::new(std::ffi::OsStr::from_bytes(lower)))
+        .collect()
 }
 
 /// The tree that a mount shows.
@@ -540,6 +566,37 @@ mod tests {
             ("rw,lowerdir+=/x/images/y,z/images/a.tree", "/x/images/y,z", false),
         ] {
             assert_eq!(is_elsewhere(&over(options), Path::new(root)), elsewhere, "{options}");
+        }
+    }
+
+    #[test]
+    fn a_mount_is_of_another_owner_only_where_it_says_so() {
+        let tree = "ab".repeat(32);
+        let owned = format!("{tree}-u1-g2");
+        for (options, of_tree, of_owned) in [
+            (
+                format!("rw,lowerdir+=/s/mnt/images/{tree},datadir+=/s/objects"),
+                false,
+                true,
+            ),
+            (
+                format!("rw,lowerdir+=/s/mnt/images/{owned},datadir+=/s/objects"),
+                true,
+                false,
+            ),
+            (
+                format!("rw,lowerdir+=/s/images/{owned}.tree,lowerdir+=/s/mnt/empty"),
+                true,
+                false,
+            ),
+            (format!("rw,lowerdir+=/s/images/{tree}.tree,upperdir=/u"), false, true),
+            (format!("rw,lowerdir+=/s/elsewhere/{tree},upperdir=/u"), false, false),
+            ("rw,lowerdir+=/proc/self/fd/7".to_owned(), false, false),
+            ("rw,lowerdir+=/s/mnt/images/x".to_owned(), false, false),
+            ("rw".to_owned(), false, false),
+        ] {
+            let found = [&tree, &owned].map(|stem| is_of_another(&over(&options), stem));
+            assert_eq!(found, [of_tree, of_owned], "{options}");
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::path::PathBuf;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
@@ -11,15 +11,13 @@ use super::error::IoContext;
 use super::life::{is_upper_of, read_mounts, top};
 use super::lock::relock;
 use super::record::{self, sync_folder};
-use super::{Error, Inner, LayerId, LayerRecord, Mode, Paths, Stage, inuse, make_private, mount, set_fixed};
+use super::{
+    Error, Inner, LayerId, LayerRecord, Mode, PAUSE, Paths, Stage, TRIES, inuse, make_private, mount, set_fixed,
+};
 use crate::store::remove_all;
 
 /// Where files are kept that were written into the folder of a layer while that was not mounted there.
 const FOUND: &str = "found";
-
-/// How often, and after what pause, something busy that nobody is seen to use is tried again.
-const TRIES: u32 = 5;
-const PAUSE: Duration = Duration::from_millis(20);
 
 impl Inner {
     pub(super) fn release(&self, id: &LayerId, detach: bool) -> Result<(), Error> {

@@ -20,7 +20,9 @@ use super::life::{read_mounts, top};
 use super::lock::relock;
 use super::mount::{self, Flags, Overlay, open_folder};
 use super::road::{Road, mount_image};
-use super::{Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, is_elsewhere, list, lower, make_private};
+use super::{
+    Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, is_elsewhere, is_of_another, list, lower, make_private,
+};
 use crate::store::TreeDigest;
 
 pub(super) const IMAGES: &str = "images";
@@ -213,8 +215,8 @@ impl Inner {
         let dev = top(&mounts, &view).map(|mount| mount.dev);
         let shows = |mount: &super::mountinfo::Mount| {
             let shows_tree = source.as_ref().is_some_and(|source| mount.source == source.as_bytes());
-            // The same tree may be in another store, too.
-            mount.point != view && shows_tree && !is_elsewhere(mount, &self.root)
+            // The same tree may be in another store, too, or be shown with another owner.
+            mount.point != view && shows_tree && !is_elsewhere(mount, &self.root) && !is_of_another(mount, stem)
         };
         let users = inuse::mounts(dev, &view, shows).context("look for other mounts of", &view)?;
         Ok(!users.is_empty())

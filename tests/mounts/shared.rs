@@ -185,6 +185,34 @@ fn the_best_road_here_is_by_descriptors() {
 }
 
 #[test]
+fn what_is_mounted_of_a_tree_for_one_owner_goes_while_another_has_it() {
+    for keeps_owned in [false, true] {
+        let site = Site::new();
+        let owned = LayerSpec {
+            ids: Some((1000, 2000)),
+            ..site.spec(Mode::ReadOnly)
+        };
+        let plain = site.spec(Mode::ReadOnly);
+        for spec in [&plain, &owned] {
+            site.layers.prepare(spec).unwrap();
+        }
+        let (kept, gone) = if keeps_owned {
+            (&owned, &plain)
+        } else {
+            (&plain, &owned)
+        };
+        site.layers.release(&gone.id, false).unwrap();
+        // Its view and, where there is one, its image.
+        assert_eq!(site.layers.unmount_unused(Duration::ZERO).unwrap(), 1 + site.shared());
+        let path = site.layers.prepare(kept).unwrap();
+        assert!(path.reused);
+        assert_eq!(fs::read_to_string(path.path.join("file")).unwrap(), "below");
+        site.layers.release(&kept.id, false).unwrap();
+        site.nothing_is_left();
+    }
+}
+
+#[test]
 fn images_that_are_mounted_over_a_loop_device_share_one_and_leave_none() {
     // As Linux before 6.12 needs it everywhere, and later ones where the image's file system can do no better.
     let mut site = Site::in_memory();
