@@ -57,9 +57,10 @@ pub fn build_directory(
 ) -> Result<Revision, Error> {
     let build = store.build()?;
     let known = Known::load(store, &target.name, &build);
-    match publish(store, dir, options, target.clone(), build, known.as_ref(), cancel) {
+    let knows = known.is_some();
+    match publish(store, dir, options, target.clone(), build, known, cancel) {
         // Damage in the store, which reading all files again heals.
-        Err(Error::Store(store::Error::MissingBlob { .. } | store::Error::WrongLength { .. })) if known.is_some() => {
+        Err(Error::Store(store::Error::MissingBlob { .. } | store::Error::WrongLength { .. })) if knows => {
             publish(store, dir, options, target, store.build()?, None, cancel)
         }
         other => other,
@@ -72,13 +73,17 @@ fn publish(
     options: &ScanOptions,
     target: Publish,
     build: Build,
-    known: Option<&Known>,
+    known: Option<Known>,
     cancel: &AtomicBool,
 ) -> Result<Revision, Error> {
     let name = target.name.clone();
-    let (tree, seen) = scan_knowing(dir, options, &build, known, cancel)?;
+    let (tree, seen) = scan_knowing(dir, options, &build, known.as_ref(), cancel)?;
+    // Ends what was known, which is as large as the tree: the publishing needs that memory.
+    let noted = known.and_then(|known| known.noted_as(&seen));
     let revision = build.publish(&tree, target)?;
-    if let Err(error) = seen.save(store, &name, &revision.digest, known) {
+    if noted != Some(revision.digest)
+        && let Err(error) = seen.save(store, &name, &revision.digest)
+    {
         tracing::warn!(%name, %error, "cannot note what was read; the next build reads all files again");
     }
     Ok(revision)

@@ -8,7 +8,6 @@
 //! What this cannot see is what no file system tells: a write through a shared memory mapping whose page was dirty
 //! already when the file was read.
 
-use std::sync::Arc;
 use std::time::SystemTime;
 
 use rustix::fs::{FileType, Stat};
@@ -104,11 +103,8 @@ pub(super) struct Seen {
 }
 
 impl Seen {
-    /// Notes it beside the ref that the tree was published under, unless that is what is noted there.
-    pub fn save(&self, store: &Store, name: &RefName, tree: &TreeDigest, known: Option<&Known>) -> Result<(), Error> {
-        if known.is_some_and(|known| known.tree == *tree && known.seen == *self) {
-            return Ok(());
-        }
+    /// Notes it beside the ref that the tree was published under.
+    pub fn save(&self, store: &Store, name: &RefName, tree: &TreeDigest) -> Result<(), Error> {
         store.write_note(name, &self.encode(tree))
     }
 
@@ -165,7 +161,7 @@ pub fn reread_note(note: &[u8]) -> Option<Vec<u8>> {
 /// The leaves of a tree that was read before, and how their inodes were.
 pub(super) struct Known {
     tree: TreeDigest,
-    leaves: Arc<Vec<Leaf>>,
+    leaves: Vec<Leaf>,
     seen: Seen,
     /// The leaves that have a mark, by inode.
     by_inode: Vec<u32>,
@@ -195,6 +191,11 @@ impl Known {
             seen,
             by_inode,
         })
+    }
+
+    /// The tree beside which exactly this is noted already.
+    pub fn noted_as(self, seen: &Seen) -> Option<TreeDigest> {
+        (self.seen == *seen).then_some(self.tree)
     }
 
     /// The leaf that was read from this inode, if it is now as it was then.

@@ -119,9 +119,9 @@ impl Build {
     /// Keeps a tree until the build is published or dropped, so that its contents may be named without having been put
     /// or found. Naming them does not count as a use of each; the tree's does. Returns the tree's leaves, in the order
     /// of the manifest. Fails as [`Store::hold`] and [`Reader::load`](super::Reader::load) do.
-    pub fn keep(&self, tree: &TreeDigest) -> Result<Arc<Vec<Leaf>>, Error> {
+    pub fn keep(&self, tree: &TreeDigest) -> Result<Vec<Leaf>, Error> {
         let hold = Hold::take_stored(&self.store, tree)?;
-        let leaves = Arc::new(manifests::leaves(&self.store, tree)?);
+        let leaves = manifests::leaves(&self.store, tree)?;
         lock(&self.kept).push(Kept::new(hold, &leaves));
         Ok(leaves)
     }
