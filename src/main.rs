@@ -17,8 +17,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tracing::{info, warn};
 
-/// How long the work may take to end after SIGTERM.
-const STOP_TIMEOUT: Duration = Duration::from_secs(8);
+/// How long the work may take to end after SIGTERM: it notes what it has done, which a slow disk can hold up. The
+/// kubelet kills after 30 seconds (`terminationGracePeriodSeconds`).
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// Keeps file trees on Kubernetes nodes.
 #[derive(Parser)]

@@ -72,9 +72,11 @@ impl Pace {
         self.counting
     }
 
-    fn ended(&mut self, now: Instant, took: Duration) {
+    /// While somebody waits for the next count, the last one, which may have been held up, does not put it off for long.
+    fn ended(&mut self, now: Instant, took: Duration, is_waited_for: bool) {
         self.counting = false;
-        self.not_before = now + PAUSE.max(took * PAUSE_FACTOR);
+        let pause = PAUSE.max(took * PAUSE_FACTOR);
+        self.not_before = now + if is_waited_for { pause.min(RECHECK) } else { pause };
     }
 }
 
@@ -164,7 +166,8 @@ impl Node {
             trouble,
             is_blocked,
         } = analysed;
-        self.pace.ended(now, now.duration_since(began));
+        let is_waited_for = trouble.is_some() || self.memory.blocked.is_some();
+        self.pace.ended(now, now.duration_since(began), is_waited_for);
         let metrics = &self.health.metrics().store;
         metrics.problems.set(trouble.is_some().into());
         if trouble != self.trouble {
@@ -318,15 +321,18 @@ mod tests {
         assert_eq!(pace.begin(at(2)), Ok(()), "later changes do not put it off");
         assert_eq!(pace.begin(at(3)), Err(None), "one at a time");
         pace.changed(at(3));
-        pace.ended(at(4), Duration::from_secs(2));
+        pace.ended(at(4), Duration::from_secs(2), false);
         assert_eq!(pace.begin(at(9)), Err(Some(at(104))));
         assert_eq!(pace.begin(at(104)), Ok(()));
-        pace.ended(at(104), Duration::from_millis(1));
+        pace.ended(at(104), Duration::from_millis(1), false);
         assert_eq!(pace.begin(at(200)), Err(None), "nothing has changed");
         // A look that is planned holds up nothing.
         pace.changed(at(260));
         pace.changed(at(200));
         assert_eq!(pace.begin(at(201)), Err(Some(at(202))));
         assert_eq!(pace.begin(at(202)), Ok(()));
+        pace.changed(at(203));
+        pace.ended(at(210), Duration::from_secs(8), true);
+        assert_eq!(pace.begin(at(211)), Err(Some(at(270))), "somebody waits");
     }
 }

@@ -320,7 +320,8 @@ impl Node {
             }
             steps.push(step);
         }
-        if self.spec.is_some() {
+        // A spec from the disk may be older than what was built: after a kill, or where it could not be saved.
+        if self.spec.is_some() && self.observed.is_some() {
             self.retire(manifests, now);
         }
         wake = wake.min(self.retention(now));

@@ -1,5 +1,7 @@
 //! Events on objects: what `kubectl describe` shows.
 
+use std::time::Duration;
+
 use k8s_openapi::api::core::v1::ObjectReference;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::Condition;
 use kube::runtime::events::{Event, EventType, Recorder, Reporter};
@@ -12,6 +14,9 @@ use crate::api::{MAX_MESSAGE, truncate};
 
 /// Status and reason of a condition that an event told.
 pub type Said = (String, String);
+
+/// After an event could not be published, it is tried again after these pauses.
+const AGAIN: [Duration; 2] = [Duration::from_secs(1), Duration::from_secs(10)];
 
 /// Publishes events without holding up the work that they are about.
 #[derive(Clone)]
@@ -64,7 +69,7 @@ impl Announcer {
         }
     }
 
-    /// Publishes an event about the object. A lost event is logged, never waited for.
+    /// Publishes an event about the object. It is never waited for, and lost, which is logged, after some tries.
     pub fn announce<K: Resource<DynamicType = ()>>(
         &self,
         key: &ObjectKey,
@@ -90,10 +95,18 @@ impl Announcer {
         };
         let recorder = self.recorder.clone();
         tokio::spawn(async move {
-            match tokio::time::timeout(CALL_TIMEOUT, recorder.publish(&event, &reference)).await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => debug!(%error, reason = event.reason, "an event was lost"),
-                Err(_) => debug!(reason = event.reason, "an event was lost: no answer"),
+            let mut pauses = AGAIN.iter();
+            loop {
+                let published = tokio::time::timeout(CALL_TIMEOUT, recorder.publish(&event, &reference)).await;
+                let error = match published {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => error.to_string(),
+                    Err(_) => "no answer".to_owned(),
+                };
+                match pauses.next() {
+                    Some(pause) => tokio::time::sleep(*pause).await,
+                    None => return debug!(error, reason = event.reason, "an event was lost"),
+                }
             }
         });
     }

@@ -55,18 +55,32 @@ impl Site {
 
     /// Asserts that the agent has noted on its disk that the last run deleted so many contents.
     fn has_noted(&self, deleted: u64) {
-        let memory = std::fs::read(self.root().join("runs/state.json")).unwrap();
-        let memory: Value = serde_json::from_slice(&memory).unwrap();
+        let memory = self.memory();
         assert_eq!(memory["state"]["lastRun"]["deletedBlobs"], json!(deleted), "{memory}");
     }
 
-    /// Waits until what the agent would need after a restart is on its disk.
-    async fn saved(&self) {
+    /// Waits until the agent has noted that.
+    async fn notes(&self, deleted: u64) {
+        eventually(PATIENCE, "the agent notes the run", async || match self.memory() {
+            memory if memory["state"]["lastRun"]["deletedBlobs"] == json!(deleted) => Ok(()),
+            memory => Err(memory.to_string()),
+        })
+        .await;
+    }
+
+    /// What the agent has on its disk of retention.
+    fn memory(&self) -> Value {
+        let text = std::fs::read(self.root().join("runs/state.json")).unwrap();
+        serde_json::from_slice(&text).unwrap()
+    }
+
+    /// Waits until what the agent would need after a restart is on its disk: since when it has been under this policy.
+    async fn saved(&self, policy: Option<&str>) {
         let path = self.root().join("runs/state.json");
         eventually(PATIENCE, "the agent has saved what it remembers", async || {
             let text = std::fs::read_to_string(&path).map_err(|e| e.to_string())?;
             let memory: Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
-            match memory["since"].is_string() {
+            match memory["since"].is_string() && memory["state"]["policyUid"].as_str() == policy {
                 true => Ok(()),
                 false => Err(text),
             }
@@ -93,7 +107,7 @@ async fn a_node_under_no_policy_makes_up_for_a_missed_run_and_tells_when_one_fai
     write_files(&site.source("tree"), 3, "tree");
     site.create_manifest("tree", json!({})).await;
     site.manifest_says("tree", "True", "Stored").await;
-    site.saved().await;
+    site.saved(None).await;
     site.agent.kill();
     site.put_garbage(2);
     site.was_away();
@@ -159,9 +173,9 @@ async fn a_node_under_no_policy_makes_up_for_a_missed_run_and_tells_when_one_fai
     );
 
     // It is not made up for again.
+    site.notes(2).await;
     site.agent.terminate();
     assert!(site.agent.wait(PATIENCE).success());
-    site.has_noted(2);
     site.restart_agent().await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(site.recorded().len(), 2);
@@ -199,6 +213,7 @@ async fn a_scheduled_run_needs_no_api_server_and_goes_on_where_it_was_cut_off() 
         },
     )
     .await;
+    site.saved(uid.as_deref()).await;
     site.agent.kill();
     const GARBAGE: usize = 60;
     site.put_garbage(GARBAGE);
@@ -226,10 +241,10 @@ async fn a_scheduled_run_needs_no_api_server_and_goes_on_where_it_was_cut_off() 
     site.has_blobs("the run goes on", Some(&offline), |count| count == 3)
         .await;
     site.has_recorded(2).await;
+    // Or the next one would make a run of nothing.
+    site.notes(left as u64 - 3).await;
     offline.terminate();
     assert!(offline.wait(PATIENCE).success());
-    // Or the next one would make a run of nothing.
-    site.has_noted(left as u64 - 3);
     let runs = site.recorded();
     let last = runs.last().unwrap();
     assert_eq!(
@@ -275,7 +290,8 @@ async fn a_scheduled_run_needs_no_api_server_and_goes_on_where_it_was_cut_off() 
 async fn a_run_ends_when_its_policy_is_suspended_edited_or_deleted() {
     let mut site = Site::start("stopped").await;
     site.agent.kill();
-    site.restart_agent_with(&["--max-removals-per-second", "5"]).await;
+    // More than three minutes' work, if nothing ends it.
+    site.restart_agent_with(&["--max-removals-per-second", "1"]).await;
     const GARBAGE: usize = 200;
     site.put_garbage(GARBAGE);
     let rules = json!({"schedule": "0 0 1 1 *", "maxAge": "1d", "gracePeriod": "0s"});
@@ -286,9 +302,8 @@ async fn a_run_ends_when_its_policy_is_suspended_edited_or_deleted() {
         policies.patch(&policy, &Default::default(), &patch).await.unwrap();
     };
     let is_quiet = async || {
-        tokio::time::sleep(Duration::from_secs(2)).await;
         let count = site.blobs().len();
-        tokio::time::sleep(Duration::from_secs(2)).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
         assert_eq!(site.blobs().len(), count, "it goes on: {}", site.agent.log_end());
         count
     };

@@ -187,7 +187,7 @@ async fn an_interrupted_collection_ends_with_130_and_the_next_goes_on_alone_and_
             .collect();
         let put: Vec<&str> = ["put"].into_iter().chain(files.iter().map(String::as_str)).collect();
         place.run(&put).done();
-        let child = place.command(&[&args[..], &["--rate", "20"]].concat()).spawn().unwrap();
+        let child = place.command(&[&args[..], &["--rate", "2"]].concat()).spawn().unwrap();
         let start = Instant::now();
         while blobs() == CONTENTS {
             assert!(start.elapsed() < Duration::from_secs(30), "nothing goes");

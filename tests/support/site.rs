@@ -162,7 +162,8 @@ impl Site {
     /// Waits until the layer's Ready has this status and reason.
     pub async fn layer_says(&self, name: &str, status: &str, reason: &str) -> WritableLayer {
         let api = self.layers().await;
-        eventually(PATIENCE, &format!("{name} says {status}/{reason}"), async || {
+        // Some of it is seen only at the next look, half a minute later.
+        eventually(PATIENCE * 2, &format!("{name} says {status}/{reason}"), async || {
             let layer = api.get(name).await.map_err(|error| error.to_string())?;
             let said = layer.status.clone().unwrap_or_default();
             match find(&said.conditions, READY) {
