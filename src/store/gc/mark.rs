@@ -1,15 +1,18 @@
 //! The mark: who names which trees, what these name, what there is.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
+use rayon::prelude::*;
 use rustix::io::Errno;
 
 use super::{Collecting, HeldTree, Holders};
 use crate::store::files;
 use crate::store::index::Index;
 use crate::store::layout::{Folder, Inner, MANIFESTS, manifest_path};
+use crate::store::leases::BuildLeases;
 use crate::store::quarantine::Quarantined;
 use crate::store::retention::{BlobFact, Facts, ImageFact, Live, ManifestFact};
 use crate::store::{Digest, Error, Problem, RefName, TreeDigest, error, images, manifests, quarantine};
@@ -205,7 +208,12 @@ pub(in crate::store) fn stored_manifests(store: &Folder) -> Result<Vec<StoredMan
     Ok(found)
 }
 
+/// With so many names in a shard, there is work for two threads.
+const LARGE_SHARD: usize = 256;
+
 /// Looks through `objects/`: names only for what is live, also times and sizes for the rest. Returns the count.
+///
+/// Most of that is waiting for memory, which two threads do in half the time; not while builds want the processors.
 fn scan(store: &Inner, facts: &mut Facts, index: &Index, how: &Collecting) -> Result<u64, Error> {
     let mut live = vec![false; facts.blobs.len()];
     for manifest in facts.manifests.iter().filter(|manifest| manifest.live.is_some()) {
@@ -214,40 +222,79 @@ fn scan(store: &Inner, facts: &mut Facts, index: &Index, how: &Collecting) -> Re
         }
     }
     let mut scanned = 0;
-    for byte in 0..=255u8 {
-        if how.cancel.load(Ordering::Relaxed) {
-            break;
-        }
+    let mut shards = 0..=255u8;
+    let mut is_large = false;
+    while !shards.is_empty() && !how.cancel.load(Ordering::Relaxed) {
+        let threads = if is_large && !store.leases.is_building() { 2 } else { 1 };
+        let turn: Vec<u8> = shards.by_ref().take(threads).collect();
         let builds = store.leases.builds();
-        let Some(shard) = store.list_shard(byte)? else {
-            continue;
+        let known = &facts.blobs;
+        let look = |byte: &u8| look_through(store, *byte, known, index, &live, &builds);
+        let looked: Vec<Looked> = match turn.len() {
+            1 => turn.iter().map(look).collect::<Result<_, _>>()?,
+            _ => turn.par_iter().map(look).collect::<Result<_, _>>()?,
         };
-        for (digest, name) in shard.iter() {
-            scanned += 1;
-            let known = index.get(&digest, |number| facts.blobs[number as usize].digest);
-            if let Some(known) = known
-                && live[known as usize]
-            {
+        for looked in looked {
+            is_large = looked.live.len() + looked.others.len() > LARGE_SHARD;
+            scanned += (looked.live.len() + looked.others.len() + looked.gone) as u64;
+            for known in looked.live {
                 let blob = &mut facts.blobs[known as usize];
                 (blob.present, blob.last_used) = (true, how.now);
-                continue;
             }
-            // Gone meanwhile: another collection cannot be running, but an admin can.
-            let Some(stat) = shard.stat(name)? else {
-                continue;
-            };
-            let fact = BlobFact {
-                digest,
-                size: stat.st_size.max(0) as u64,
-                last_used: files::mtime(&stat),
-                leased: builds.iter().any(|build| build.has(&digest)),
-                present: true,
-            };
-            match known {
-                Some(known) => facts.blobs[known as usize] = fact,
-                None => facts.blobs.push(fact),
+            for (known, fact) in looked.others {
+                match known {
+                    Some(known) => facts.blobs[known as usize] = fact,
+                    None => facts.blobs.push(fact),
+                }
             }
         }
     }
     Ok(scanned)
+}
+
+/// What is in one shard.
+#[derive(Default)]
+struct Looked {
+    /// Numbers of live blobs that are there.
+    live: Vec<u32>,
+    /// The others, with their numbers if a manifest names them.
+    others: Vec<(Option<u32>, BlobFact)>,
+    /// Another collection cannot be running, but an admin can.
+    gone: usize,
+}
+
+fn look_through(
+    store: &Inner,
+    byte: u8,
+    blobs: &[BlobFact],
+    index: &Index,
+    live: &[bool],
+    builds: &[Arc<BuildLeases>],
+) -> Result<Looked, Error> {
+    let mut looked = Looked::default();
+    let Some(shard) = store.list_shard(byte)? else {
+        return Ok(looked);
+    };
+    for (digest, name) in shard.iter() {
+        let known = index.get(&digest, |number| blobs[number as usize].digest);
+        if let Some(known) = known
+            && live[known as usize]
+        {
+            looked.live.push(known);
+            continue;
+        }
+        let Some(stat) = shard.stat(name)? else {
+            looked.gone += 1;
+            continue;
+        };
+        let fact = BlobFact {
+            digest,
+            size: stat.st_size.max(0) as u64,
+            last_used: files::mtime(&stat),
+            leased: builds.iter().any(|build| build.has(&digest)),
+            present: true,
+        };
+        looked.others.push((known, fact));
+    }
+    Ok(looked)
 }

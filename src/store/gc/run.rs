@@ -22,7 +22,7 @@ const BATCH: usize = 64;
 const TURN: Duration = Duration::from_millis(10);
 /// While a build is under way, a turn is followed by a pause so many times as long: names that go and files that come
 /// share the file system's journal, and the build's syncs wait for what is in it.
-const YIELD: u32 = 4;
+const YIELD: u32 = 8;
 /// Files that cannot be removed and are passed over; one more, and the disk is broken or read-only.
 const MAX_FAILURES: u32 = 64;
 /// Names that a report gives of what went for one reason.
