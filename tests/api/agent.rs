@@ -157,8 +157,21 @@ async fn an_agent_works_on_from_its_last_spec_without_the_api_server() {
     offline.terminate();
     assert!(offline.wait(PATIENCE).success());
 
+    // A spec from before that, as an agent leaves that was killed before it had saved the next one, retires nothing.
+    let mut spec: serde_json::Value = serde_json::from_slice(&std::fs::read(&saved).unwrap()).unwrap();
+    assert_eq!(spec["spec"]["manifests"].as_array().unwrap().len(), 1);
+    spec["spec"]["manifests"] = json!([]);
+    std::fs::write(&saved, spec.to_string()).unwrap();
+    let stored = std::fs::read_to_string(&entry).unwrap();
+    let mut offline = site.offline_agent(&[]).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(std::fs::read_to_string(&entry).unwrap(), stored);
+    offline.terminate();
+    assert!(offline.wait(PATIENCE).success());
+
     site.restart_agent().await;
     site.manifest_says("late", "True", "Stored").await;
+    assert_eq!(std::fs::read_to_string(&entry).unwrap(), stored);
 }
 
 #[tokio::test(flavor = "multi_thread")]

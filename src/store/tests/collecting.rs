@@ -464,6 +464,37 @@ fn a_missing_blob_is_counted() {
 }
 
 #[test]
+fn large_shards_are_looked_through_alike_by_one_thread_and_by_two() {
+    const SHARDS: u64 = 8;
+    const BLOBS: u64 = 400;
+    let (_dir, store) = store();
+    publish(&store, "a", &[("f", b"x")]);
+    // A plan looks at names and times, and at no content.
+    for shard in 0..SHARDS {
+        let folder = store.root().join(format!("objects/{shard:02x}"));
+        fs::create_dir_all(&folder).unwrap();
+        for blob in 0..BLOBS {
+            let file = File::create(folder.join(format!("{blob:062x}"))).unwrap();
+            file.set_modified(at(1000)).unwrap();
+        }
+    }
+    let now = SystemTime::now();
+    let plan = || store.collect(&nothing_kept(), &Trees(vec![]), true, now).unwrap();
+    let by_two = plan();
+    // While there is a build, it is left a processor.
+    let build = store.build().unwrap();
+    let by_one = plan();
+    drop(build);
+    for report in [&by_one, &by_two] {
+        assert_eq!(
+            (report.scanned_blobs, report.deleted_blobs, report.missing_blobs),
+            (SHARDS * BLOBS + 1, SHARDS * BLOBS, 0)
+        );
+    }
+    assert_eq!(by_one.decisions, by_two.decisions);
+}
+
+#[test]
 fn a_report_is_json_with_times_and_reasons() {
     let (_dir, store) = store();
     publish(&store, "a", &[("f", b"x")]);
