@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::error::IoContext;
 use super::lock::relock;
+use super::mounted::is_upper_of;
 use super::mountinfo::{self, Mount};
 use super::record::{self, sync_folder};
 use super::{
@@ -360,15 +361,4 @@ pub(super) fn read_mounts() -> Result<Vec<Mount>, Error> {
 /// The mount on top at `point`.
 pub(super) fn top<'a>(mounts: &'a [Mount], point: &Path) -> Option<&'a Mount> {
     mounts.iter().rev().find(|m| m.point == point)
-}
-
-/// Is it an overlay that writes to this layer's upper? The id in its path is unique.
-///
-/// A kernel before 6.13 shows the layers as `/proc/self/fd/N`; there the mount point has the id, unless it is a bind.
-pub(super) fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
-    let shows = |part: &str| mount.options.windows(part.len()).any(|w| w == part.as_bytes());
-    let named =
-        mount.source.starts_with(SOURCE_PREFIX.as_bytes()) && mount.point.ends_with(Path::new("mnt").join(id.as_str()));
-    mount.fs_type == "overlay"
-        && (named || shows(&format!("/layers/{id}/upper")) || shows(&format!("/layers/{id}/disk/upper")))
 }

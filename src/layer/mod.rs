@@ -36,6 +36,7 @@ mod lock;
 mod loopdev;
 mod lower;
 mod mount;
+mod mounted;
 pub mod mountinfo;
 mod record;
 mod release;
@@ -367,67 +368,15 @@ impl Holders for Layers {
             .map(|record| HeldTree::by_layer(record.tree, &record.owner));
         let mut trees: Vec<HeldTree> = layers.collect();
         let mounts = life::read_mounts()?;
-        let ours = mounts.iter().filter(|mount| !is_elsewhere(mount, &self.0.root));
-        let shown = |mount: &mountinfo::Mount| Some(HeldTree::by_mount(mounted_tree(mount)?, &mount.point));
+        let ours = mounts
+            .iter()
+            .filter(|mount| !mounted::is_elsewhere(mount, &self.0.root));
+        let shown = |mount: &mountinfo::Mount| Some(HeldTree::by_mount(mounted::tree(mount)?, &mount.point));
         trees.extend(ours.filter_map(shown));
         let images = self.0.mounted_images(&mounts).into_iter();
         trees.extend(images.map(|(tree, point)| HeldTree::by_mount(tree, point)));
         Ok(Held { trees, unreadable })
     }
-}
-
-/// Whether a mount surely stands on another store than that at `root`: each of its lower folders is named as an image's
-/// mount or copy is, and none is this store's. A mount that does not say where it stands counts as this store's.
-fn is_elsewhere(mount: &mountinfo::Mount, root: &Path) -> bool {
-    let lowers = lowers(mount);
-    // A path by descriptor, or one that a comma cut, names nothing.
-    let named = |lower: &&Path| lower.parent().is_some_and(|folder| folder.ends_with("images"));
-    // What a comma in our own path cut may look like another store's; uncut, it is in the options all the same.
-    let says_ours = ["images", "mnt/images"].iter().any(|folder| {
-        let ours = root.join(folder).into_os_string().into_encoded_bytes();
-        mount.options.windows(ours.len()).any(|part| part == ours)
-    });
-    !lowers.is_empty() && !says_ours && lowers.iter().all(named)
-}
-
-/// Whether a mount of a tree surely stands on what was made of it under another name ([`shared::stem`]) than this.
-fn is_of_another(mount: &mountinfo::Mount, stem: &str) -> bool {
-    let lowers = lowers(mount);
-    let names = |lower: &Path| {
-        let folder = lower.parent()?;
-        let name = lower.file_name()?.to_str()?;
-        let name = name.strip_suffix(".tree").unwrap_or(name);
-        let is_name = folder.ends_with("images") && shared::parts_of(name).is_some();
-        is_name.then(|| name.to_owned())
-    };
-    // The first is the tree; there may be an empty one beside it.
-    lowers
-        .first()
-        .and_then(|lower| names(lower))
-        .is_some_and(|name| name != stem)
-}
-
-/// The lower folders of an overlay, as far as it says them.
-fn lowers(mount: &mountinfo::Mount) -> Vec<&Path> {
-    use std::os::unix::ffi::OsStrExt;
-    let options = mount.options.split(|byte| *byte == b',');
-    options
-        .filter_map(|option| {
-            option
-                .strip_prefix(b"lowerdir+=")
-                .or_else(|| option.strip_prefix(b"lowerdir="))
-        })
-        .map(|lower| Path::new(std::ffi::OsStr::from_bytes(lower)))
-        .collect()
-}
-
-/// The tree that a mount shows.
-fn mounted_tree(mount: &mountinfo::Mount) -> Option<TreeDigest> {
-    std::str::from_utf8(&mount.source)
-        .ok()?
-        .strip_prefix(SOURCE_PREFIX)?
-        .parse()
-        .ok()
 }
 
 impl Inner {
@@ -521,82 +470,5 @@ fn make_private(folder: &Path) -> Result<(), Error> {
     match fs::DirBuilder::new().mode(0o700).create(folder) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::io("create", folder, e)),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn over(options: &str) -> mountinfo::Mount {
-        mountinfo::Mount {
-            id: 2,
-            parent: 1,
-            dev: (0, 50),
-            root: "/".into(),
-            point: "/m".into(),
-            flags: "rw".into(),
-            shared: None,
-            master: None,
-            fs_type: "overlay".into(),
-            source: b"larder:x".to_vec(),
-            options: options.into(),
-        }
-    }
-
-    #[test]
-    fn only_a_mount_that_surely_stands_on_another_store_is_elsewhere() {
-        for (options, root, elsewhere) in [
-            ("rw,lowerdir+=/s/images/a.tree,upperdir=/u", "/s", false),
-            ("rw,lowerdir+=/other/images/a.tree,upperdir=/u", "/s", true),
-            (
-                "rw,lowerdir+=/s/mnt/images/a,datadir+=/s/objects,upperdir=/u",
-                "/s",
-                false,
-            ),
-            (
-                "rw,lowerdir+=/o/mnt/images/a,datadir+=/o/objects,upperdir=/u",
-                "/s",
-                true,
-            ),
-            ("rw,lowerdir+=/proc/self/fd/7", "/s", false),
-            ("rw", "/s", false),
-            // A comma in the path of the store itself.
-            ("rw,lowerdir+=/a,b/images/a.tree", "/a,b", false),
-            ("rw,lowerdir+=/x/images/y,z/images/a.tree", "/x/images/y,z", false),
-        ] {
-            assert_eq!(is_elsewhere(&over(options), Path::new(root)), elsewhere, "{options}");
-        }
-    }
-
-    #[test]
-    fn a_mount_is_of_another_owner_only_where_it_says_so() {
-        let tree = "ab".repeat(32);
-        let owned = format!("{tree}-u1-g2");
-        for (options, of_tree, of_owned) in [
-            (
-                format!("rw,lowerdir+=/s/mnt/images/{tree},datadir+=/s/objects"),
-                false,
-                true,
-            ),
-            (
-                format!("rw,lowerdir+=/s/mnt/images/{owned},datadir+=/s/objects"),
-                true,
-                false,
-            ),
-            (
-                format!("rw,lowerdir+=/s/images/{owned}.tree,lowerdir+=/s/mnt/empty"),
-                true,
-                false,
-            ),
-            (format!("rw,lowerdir+=/s/images/{tree}.tree,upperdir=/u"), false, true),
-            (format!("rw,lowerdir+=/s/elsewhere/{tree},upperdir=/u"), false, false),
-            ("rw,lowerdir+=/proc/self/fd/7".to_owned(), false, false),
-            ("rw,lowerdir+=/s/mnt/images/x".to_owned(), false, false),
-            ("rw".to_owned(), false, false),
-        ] {
-            let found = [&tree, &owned].map(|stem| is_of_another(&over(&options), stem));
-            assert_eq!(found, [of_tree, of_owned], "{options}");
-        }
     }
 }

@@ -8,8 +8,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::error::IoContext;
-use super::life::{is_upper_of, read_mounts, top};
+use super::life::{read_mounts, top};
 use super::lock::relock;
+use super::mounted::is_upper_of;
 use super::record::{self, sync_folder};
 use super::{
     Error, Inner, LayerId, LayerRecord, Mode, PAUSE, Paths, Stage, TRIES, inuse, make_private, mount, set_fixed,

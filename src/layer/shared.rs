@@ -20,9 +20,7 @@ use super::life::{read_mounts, top};
 use super::lock::relock;
 use super::mount::{self, Flags, Overlay, open_folder};
 use super::road::{Road, mount_image};
-use super::{
-    Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, is_elsewhere, is_of_another, list, lower, make_private,
-};
+use super::{Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, list, lower, make_private, mounted};
 use crate::store::TreeDigest;
 
 pub(super) const IMAGES: &str = "images";
@@ -211,12 +209,13 @@ impl Inner {
         }
         let mounts = read_mounts()?;
         let view = self.root.join("mnt").join(TREES).join(stem);
-        let source = tree_of(stem).map(|tree| format!("{SOURCE_PREFIX}{tree}"));
+        let tree = tree_of(stem);
         let dev = top(&mounts, &view).map(|mount| mount.dev);
         let shows = |mount: &super::mountinfo::Mount| {
-            let shows_tree = source.as_ref().is_some_and(|source| mount.source == source.as_bytes());
+            let shows_tree = tree.is_some() && mounted::tree(mount) == tree;
             // The same tree may be in another store, too, or be shown with another owner.
-            mount.point != view && shows_tree && !is_elsewhere(mount, &self.root) && !is_of_another(mount, stem)
+            let is_ours = !mounted::is_elsewhere(mount, &self.root) && !mounted::is_of_another(mount, stem);
+            mount.point != view && shows_tree && is_ours
         };
         let users = inuse::mounts(dev, &view, shows).context("look for other mounts of", &view)?;
         Ok(!users.is_empty())
