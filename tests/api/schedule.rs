@@ -33,15 +33,14 @@ impl Site {
 
     /// Lets the agent, which does not run, have been away for two days.
     fn was_away(&self) {
-        let path = self.root().join("runs/state.json");
-        let mut memory: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let mut memory = self.memory().unwrap();
         for time in ["since", "tried"] {
             if let Some(known) = memory[time].as_str() {
                 let known: Timestamp = known.parse().unwrap();
                 memory[time] = json!(known - SignedDuration::from_hours(48));
             }
         }
-        std::fs::write(&path, memory.to_string()).unwrap();
+        std::fs::write(self.memory_file(), memory.to_string()).unwrap();
     }
 
     /// Waits until so many runs are on record.
@@ -55,34 +54,36 @@ impl Site {
 
     /// Asserts that the agent has noted on its disk that the last run deleted so many contents.
     fn has_noted(&self, deleted: u64) {
-        let memory = self.memory();
+        let memory = self.memory().unwrap();
         assert_eq!(memory["state"]["lastRun"]["deletedBlobs"], json!(deleted), "{memory}");
     }
 
     /// Waits until the agent has noted that.
     async fn notes(&self, deleted: u64) {
-        eventually(PATIENCE, "the agent notes the run", async || match self.memory() {
+        eventually(PATIENCE, "the agent notes the run", async || match self.memory()? {
             memory if memory["state"]["lastRun"]["deletedBlobs"] == json!(deleted) => Ok(()),
             memory => Err(memory.to_string()),
         })
         .await;
     }
 
+    fn memory_file(&self) -> std::path::PathBuf {
+        self.root().join("runs/state.json")
+    }
+
     /// What the agent has on its disk of retention.
-    fn memory(&self) -> Value {
-        let text = std::fs::read(self.root().join("runs/state.json")).unwrap();
-        serde_json::from_slice(&text).unwrap()
+    fn memory(&self) -> Result<Value, String> {
+        let text = std::fs::read(self.memory_file()).map_err(|e| e.to_string())?;
+        serde_json::from_slice(&text).map_err(|e| e.to_string())
     }
 
     /// Waits until what the agent would need after a restart is on its disk: since when it has been under this policy.
     async fn saved(&self, policy: Option<&str>) {
-        let path = self.root().join("runs/state.json");
         eventually(PATIENCE, "the agent has saved what it remembers", async || {
-            let text = std::fs::read_to_string(&path).map_err(|e| e.to_string())?;
-            let memory: Value = serde_json::from_str(&text).map_err(|e| e.to_string())?;
+            let memory = self.memory()?;
             match memory["since"].is_string() && memory["state"]["policyUid"].as_str() == policy {
                 true => Ok(()),
-                false => Err(text),
+                false => Err(memory.to_string()),
             }
         })
         .await;
