@@ -9,7 +9,7 @@ use super::apart;
 use super::flat::{publish_tree, tree_of};
 
 /// Files in a folder.
-const FOLDER: usize = 100;
+pub const FOLDER: usize = 100;
 /// Distinct contents of a tree: more would only take longer to store.
 const CONTENTS: usize = 10_000;
 /// Numbers of files.
