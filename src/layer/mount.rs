@@ -142,16 +142,19 @@ pub fn overlay(layers: &Overlay<'_>, told: Told, flags: Flags, target: &Path) ->
     }
 }
 
-/// How a folder is told by path. Where its own can be, it is: mountinfo then says what the mount stands on. Not the
-/// folders that are written to, in whose paths a backslash means something.
+/// How a folder is told by path. Where its own can be, it is: mountinfo then says what the mount stands on and writes to.
 fn path_of(key: &str, fd: BorrowedFd<'_>) -> Vec<u8> {
     let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let own = match key {
-        "lowerdir+" | "datadir+" => rustix::fs::readlink(&link, Vec::new()).ok(),
-        _ => None,
+    let own = rustix::fs::readlink(&link, Vec::new()).map(std::ffi::CString::into_bytes);
+    let can_be = |path: &Vec<u8>| match key {
+        "lowerdir+" | "datadir+" => true,
+        // In these, overlayfs takes a backslash for the mark of an escape, and mountinfo escapes more than that.
+        _ => path
+            .iter()
+            .all(|byte| byte.is_ascii_alphanumeric() || b"/._-".contains(byte)),
     };
-    let own = own.map(std::ffi::CString::into_bytes);
-    own.filter(|path| path.len() < LONGEST && path.starts_with(b"/"))
+    own.ok()
+        .filter(|path| path.len() < LONGEST && path.starts_with(b"/") && can_be(path))
         .unwrap_or_else(|| link.into_bytes())
 }
 

@@ -49,7 +49,8 @@ fn stem_of(lower: &Path) -> Option<&str> {
 
 /// Is it an overlay that writes to this layer's upper? The id in its path is unique.
 ///
-/// A kernel before 6.13 shows the layers as `/proc/self/fd/N`; there the mount point has the id, unless it is a bind.
+/// Where the path of the store is an unusual one, a kernel before 6.13 shows the upper as `/proc/self/fd/N`; there the mount
+/// point has the id, unless it is a bind.
 pub(super) fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
     let named =
         mount.source.starts_with(SOURCE_PREFIX.as_bytes()) && mount.point.ends_with(Path::new("mnt").join(id.as_str()));

@@ -11,6 +11,9 @@ use super::*;
 /// What the process that is killed works on: the store's root, the layer's id, the tree, the kind.
 const WORK: &str = "LARDER_TEST_KILLED";
 
+/// What it says while the layer has something to lose.
+const WRITTEN: &str = "written";
+
 /// Mode and limit.
 const KINDS: [(Mode, Option<u64>); 4] = [
     (Mode::Overlay, Some(SIZE)),
@@ -37,19 +40,22 @@ fn prepares_and_releases_until_it_is_killed() {
     println!("at work");
     loop {
         let path = layers.prepare(&spec).unwrap().path;
+        if mode != Mode::ReadOnly {
+            fs::write(path.join("mine"), "mine").unwrap();
+            println!("{WRITTEN}");
+        }
         match mode {
             Mode::ReadOnly => {}
             Mode::Tmpfs => {
-                fs::write(path.join("mine"), "mine").unwrap();
                 layers.grow(&spec.id, 2 * SIZE).unwrap();
             }
             Mode::Overlay => {
-                fs::write(path.join("mine"), "mine").unwrap();
                 layers.unmount(&spec.id).unwrap();
                 layers.prepare(&spec).unwrap();
                 assert_eq!(fs::read_to_string(path.join("mine")).unwrap(), "mine");
             }
         }
+        println!("gone from here on");
         layers.release(&spec.id, false).unwrap();
         // So that the making of what layers share is interrupted too.
         layers.unmount_unused(Duration::ZERO).unwrap();
@@ -74,9 +80,10 @@ impl Drop for Killed {
 fn a_kill_at_any_moment_leaves_nothing_that_is_not_finished() {
     let mut site = Site::new();
     let mut seen = std::collections::BTreeMap::<_, u32>::new();
+    let mut written = 0;
     for round in 0..by_patience(400, 1000) {
         // On a machine that is slow just now, kills hit one state more often.
-        if round >= by_patience(40, 1000) && seen.len() > 3 {
+        if round >= by_patience(40, 1000) && seen.len() > 3 && written > 0 {
             break;
         }
         let kind = round % KINDS.len();
@@ -111,6 +118,9 @@ fn a_kill_at_any_moment_leaves_nothing_that_is_not_finished() {
         std::thread::sleep(delay);
         assert_eq!(child.0.try_wait().unwrap(), None, "it ended by itself");
         drop(child);
+        let said = lines.map_while(Result::ok).last();
+        let is_written = said.as_deref() == Some(WRITTEN);
+        written += u32::from(is_written);
 
         // A program that it was starting has its lock until the exec.
         let start = Instant::now();
@@ -153,6 +163,11 @@ fn a_kill_at_any_moment_leaves_nothing_that_is_not_finished() {
         };
         match prepared {
             Ok(prepared) => {
+                let mine = fs::read_to_string(prepared.path.join("mine"));
+                assert!(
+                    !is_written || prepared.lost.is_none() && mine.is_ok_and(|mine| mine == "mine"),
+                    "{context}: what was written is gone"
+                );
                 assert_eq!(
                     fs::read_to_string(prepared.path.join("file")).unwrap(),
                     "below",
@@ -174,7 +189,10 @@ fn a_kill_at_any_moment_leaves_nothing_that_is_not_finished() {
                 };
                 assert_eq!(site.dir.mounts().len(), own + site.shared(), "{context}");
             }
-            Err(error) => assert!(matches!(error, Error::Releasing { .. }), "{context}: {error}"),
+            Err(error) => assert!(
+                !is_written && matches!(error, Error::Releasing { .. }),
+                "{context}: {error}"
+            ),
         }
         site.layers
             .release(&spec.id, false)
@@ -186,6 +204,7 @@ fn a_kill_at_any_moment_leaves_nothing_that_is_not_finished() {
         }
         site.nothing_is_left();
     }
-    println!("(stage on disk, mounts) after the kills: {seen:?}");
+    println!("(stage on disk, mounts) after the kills: {seen:?}; {written} of them with something written");
+    assert!(written > 0, "no kill hit a layer with something written");
     assert!(seen.len() > 3, "the kills hit too few states to say anything: {seen:?}");
 }

@@ -65,6 +65,38 @@ fn a_layer_that_only_another_namespace_has_mounted_is_neither_mounted_twice_nor_
 }
 
 #[test]
+fn a_layer_that_is_only_bound_elsewhere_is_neither_mounted_twice_nor_removed() {
+    for mode in MODES {
+        let site = Site::new();
+        let spec = site.spec(mode);
+        let path = site.layers.prepare(&spec).unwrap().path;
+        fs::write(path.join("mine"), "mine").unwrap();
+        // As a pod has it, while somebody unmounts ours by hand.
+        let elsewhere = site.dir.path().join("pod");
+        fs::create_dir(&elsewhere).unwrap();
+        let holder = Holder::start(&format!(
+            "exec unshare --mount --propagation private sh -c 'mount --bind {} {} && umount {} && echo ready && read _'",
+            path.display(),
+            elsewhere.display(),
+            path.display(),
+        ));
+        unmount(&path, UnmountFlags::empty()).unwrap();
+        let in_use = |error: Error| match error {
+            Error::InUse { by, .. } => assert!(by.contains("a mount at") && by.contains("/pod"), "{by}"),
+            other => panic!("{other}"),
+        };
+        in_use(site.layers.prepare(&spec).unwrap_err());
+        in_use(site.layers.release(&spec.id, false).unwrap_err());
+        drop(holder);
+        let path = site.layers.prepare(&spec).unwrap().path;
+        assert_eq!(fs::read_to_string(path.join("mine")).unwrap(), "mine", "{mode:?}");
+        site.layers.release(&spec.id, false).unwrap();
+        fs::remove_dir(&elsewhere).unwrap();
+        site.nothing_is_left();
+    }
+}
+
+#[test]
 fn a_disk_that_another_namespace_still_has_mounted_gets_no_second_loop_device() {
     let mut site = Site::new();
     // Somebody else's device, which nobody may open for writing.

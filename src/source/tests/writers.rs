@@ -112,7 +112,7 @@ fn under_a_writer(mode: layer::Mode) {
         let stopping = Stopping(&stop);
         let (mut whole_ones, mut judged) = (0, 0);
         for _ in 0..1000 {
-            if judged == 12 {
+            if judged >= 12 && whole_ones >= 3 {
                 break;
             }
             let before = slow.load(Ordering::SeqCst);
@@ -145,7 +145,8 @@ fn under_a_writer(mode: layer::Mode) {
         eprintln!("{whole_ones} of {judged} snapshots were whole");
         drop(stopping);
         writing.join().unwrap();
-        assert_eq!(judged, 12, "the writer is held up all the time");
+        assert!(judged >= 12, "the writer is held up all the time");
+        assert!(whole_ones >= 3, "{whole_ones} of {judged} snapshots came to an end");
     });
     let (snapshot, merged) = mounted.both();
     assert_eq!(lines(&snapshot), lines(&merged));

@@ -228,7 +228,14 @@ impl Maker<'_> {
                 true => "user.",
                 false => "trusted.",
             };
-            let name = match self.rng.random_range(0..4) {
+            let name = match self.rng.random_range(0..5) {
+                // What means something to overlayfs, where it is overlayfs's own.
+                4 => format!(
+                    "trusted.overlay.{}",
+                    ["opaque", "redirect", "metacopy", "overlay.origin"]
+                        .choose(self.rng)
+                        .unwrap()
+                ),
                 0 => format!("{kind}{}", "n".repeat(200)),
                 1 => format!("{kind}ü\n"),
                 _ => format!("{kind}{}", self.rng.random_range(0..4)),
