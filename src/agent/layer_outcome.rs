@@ -225,6 +225,19 @@ impl Outcome {
         }
     }
 
+    /// Did a try to mount it, or to give it another limit, end badly? Waiting for somebody is no try.
+    pub fn is_failed_try(&self) -> bool {
+        match self {
+            Self::Mounted {
+                refused: Some(refused), ..
+            } => refused.is_failed_try(),
+            Self::Failed { reason, .. } | Self::Stalled { reason, .. } => {
+                [reasons::MOUNT_FAILED, reasons::DISK_FULL, reasons::DATA_LOST].contains(reason)
+            }
+            _ => false,
+        }
+    }
+
     /// The status that says so. What is known of the data stays until it is known otherwise.
     pub fn status(&self, observed: &Observed, store_id: &str, now: Timestamp) -> WritableLayerStatus {
         let old = &observed.status;
@@ -291,6 +304,7 @@ mod tests {
         ] {
             let outcome = outcome(error);
             assert_eq!((outcome.verdict().reason(), outcome.again()), (reason, again));
+            assert_eq!(outcome.is_failed_try(), reason == reasons::MOUNT_FAILED, "{reason}");
             let mounted = Outcome::Mounted {
                 tree,
                 path: "/x".into(),

@@ -18,7 +18,7 @@ use super::layer_outcome::Outcome;
 use super::layer_plan::{self, Observed, Step};
 use super::node::Placed;
 use super::tell;
-use crate::api::conditions::{NEARLY_FULL, reasons};
+use crate::api::conditions::NEARLY_FULL;
 use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, int64};
 use crate::cluster::{
     AGENT_MANAGER, Announcer, Followed, ObjectKey, WriteError, apply_finalizers, apply_status, is_news, uid_of,
@@ -292,7 +292,7 @@ impl Keeper {
                 if let Some(took) = mounted_in {
                     metrics.layer_mount_seconds.observe(took.as_secs_f64());
                 }
-                if outcome.verdict().reason() == reasons::MOUNT_FAILED {
+                if outcome.is_failed_try() {
                     metrics.layer_mount_failures.inc();
                 }
                 if let Ok(id) = uid.parse::<LayerId>() {

@@ -83,7 +83,6 @@ pub enum Error {
 struct Disk {
     builder: Builder,
     /// How layers are made here; `None` if they cannot be.
-    road: Option<layer::Road>,
     spec: Option<saved::SavedSpec>,
     memory: retention::Memory,
     refs: BTreeMap<ObjectKey, Ref>,
@@ -135,7 +134,6 @@ pub async fn run(client: Client, options: Options, health: Health, stop: watch::
         health: health.clone(),
         node: options.node.clone(),
         builder: disk.builder,
-        road: disk.road,
         spec: disk.spec,
         refs: disk.refs,
         trouble: disk.trouble,
@@ -183,7 +181,7 @@ fn open(options: &Options) -> Result<Disk, Error> {
         layers,
         roots: Arc::new(roots),
     };
-    let road = find_road(&builder.layers);
+    find_road(&builder.layers);
     let (refs, unreadable) = work::read_refs(&builder)?;
     let (records, layer_problems) = builder.layers.list()?;
     for problem in &layer_problems {
@@ -213,7 +211,6 @@ fn open(options: &Options) -> Result<Disk, Error> {
         spec: or_none(saved::load(&options.root.join(saved::SPEC))),
         memory: or_none(saved::load(&options.root.join(saved::MEMORY))).unwrap_or_default(),
         builder,
-        road,
         refs,
         trouble,
         records,
@@ -225,20 +222,16 @@ fn open(options: &Options) -> Result<Disk, Error> {
     })
 }
 
-/// Trees are built also where no layer can be made.
-fn find_road(layers: &Layers) -> Option<layer::Road> {
+/// Trees are built also where no layer can be made. It is tried again with the next layer.
+fn find_road(layers: &Layers) {
     match layers.road() {
         Ok(Found { road, closed }) => {
             for (better, error) in closed {
                 info!(road = %better, %error, "layers cannot be made in this way here");
             }
             info!(%road, "layers are made");
-            Some(*road)
         }
-        Err(error) => {
-            error!(%error, "layers cannot be made on this node");
-            None
-        }
+        Err(error) => error!(%error, "layers cannot be made on this node"),
     }
 }
 

@@ -25,7 +25,6 @@ use super::work::{self, Built, Done};
 use crate::api::conditions::reasons;
 use crate::api::{NodeStore, NodeStoreStatus, Parsed, ProjectedManifest, ProjectedPolicy, StoreUsage};
 use crate::cluster::{AGENT_MANAGER, Announcer, Backoff, Followed, ObjectKey, Said};
-use crate::layer::Road;
 use crate::store::{Ref, TreeDigest};
 use crate::telemetry::Health;
 
@@ -44,7 +43,6 @@ pub struct Start {
     pub health: Health,
     pub node: String,
     pub builder: Builder,
-    pub road: Option<Road>,
     pub spec: Option<SavedSpec>,
     pub refs: BTreeMap<ObjectKey, Ref>,
     pub trouble: Option<Trouble>,
@@ -82,7 +80,6 @@ pub struct Node {
     pub(super) health: Health,
     pub(super) node: String,
     pub(super) builder: Builder,
-    road: Option<Road>,
     mounted: watch::Receiver<MountedLayers>,
     placed: watch::Sender<Placed>,
     owner: watch::Sender<Option<OwnerReference>>,
@@ -139,7 +136,6 @@ impl Node {
             health: start.health,
             node: start.node,
             builder: start.builder,
-            road: start.road,
             mounted: start.mounted,
             placed: start.placed,
             owner: start.owner,
@@ -511,11 +507,13 @@ impl Node {
             Ok(()) => {
                 let tree = self.refs.get(&key).and_then(|stored| stored.current.as_ref());
                 let digest = tree.map(|tree| tree.digest.to_string()).unwrap_or_default();
-                let (files, bytes) = tree.map_or((0, 0), |tree| (tree.files, tree.size));
+                let (files, bytes, added) = tree.map_or((0, 0, 0), |tree| (tree.files, tree.size, tree.added));
                 info!(manifest = %key, node = self.node, digest, files, bytes, ms = took.as_millis() as u64, "stored");
                 self.health.metrics().builds.inc();
                 if snapshot {
-                    self.health.metrics().snapshot_seconds.observe(took.as_secs_f64());
+                    let metrics = self.health.metrics();
+                    metrics.snapshot_seconds.observe(took.as_secs_f64());
+                    metrics.snapshot_added_bytes.inc_by(added);
                 }
                 self.failed.remove(&goal.uid);
                 self.checked.insert(goal.uid, now);

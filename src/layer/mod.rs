@@ -262,6 +262,11 @@ impl Layers {
         self.0.found()
     }
 
+    /// The road, if it is known already: nothing is tried.
+    pub fn known_road(&self) -> Option<Road> {
+        self.0.road.get().map(|found| found.road)
+    }
+
     /// Unmounts what layers of a tree share where no layer needs it and nobody else shows it, and that for so long as
     /// this process has looked. Returns how many mounts went. Until then, the tree is in use for a collection.
     pub fn unmount_unused(&self, for_at_least: Duration) -> Result<usize, Error> {
@@ -392,20 +397,12 @@ impl Inner {
         if let Some(found) = self.road.get() {
             return Ok(found);
         }
-        let found = match self.options.road {
-            Some(road) => Found {
-                road,
-                closed: Vec::new(),
-            },
-            // One at a time: they use one place.
-            None => {
-                let _one = relock(&self.trying);
-                match self.road.get() {
-                    Some(found) => return Ok(found),
-                    None => road::find(&self.store, &self.root.join("mnt"))?,
-                }
-            }
-        };
+        // One at a time: they use one place.
+        let _one = relock(&self.trying);
+        if let Some(found) = self.road.get() {
+            return Ok(found);
+        }
+        let found = road::find(&self.store, &self.root.join("mnt"), self.options.road)?;
         Ok(self.road.get_or_init(|| found))
     }
 

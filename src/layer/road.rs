@@ -65,20 +65,23 @@ pub struct Found {
     pub closed: Vec<(Road, Error)>,
 }
 
-/// Finds the first road that goes to its end here: a layer is made, read, changed and thrown away.
+/// Finds the first road that goes to its end here: a layer is made, read, changed and thrown away. With `forced`, only that
+/// one is tried.
 ///
 /// # Errors
-/// If not even a copy can be a lower layer.
-pub(super) fn find(store: &Store, mounts: &Path) -> Result<Found, Error> {
+/// If the forced one does not, or if not even a copy can be a lower layer.
+pub(super) fn find(store: &Store, mounts: &Path, forced: Option<Road>) -> Result<Found, Error> {
     let mut closed = Vec::new();
-    for road in Road::ALL {
+    let last = forced.unwrap_or(Road::Copy);
+    let better = Road::ALL.into_iter().filter(|road| forced.is_none() && *road != last);
+    for road in better {
         match try_out(store, mounts, road) {
             Ok(()) => return Ok(Found { road, closed }),
-            Err(error) if road == Road::Copy => return Err(error),
             Err(error) => closed.push((road, error)),
         }
     }
-    unreachable!("the last road ends the loop")
+    try_out(store, mounts, last)?;
+    Ok(Found { road: last, closed })
 }
 
 const TEXT: &[u8] = b"a layer is read through its image";

@@ -1,12 +1,19 @@
 //! Metrics in the OpenMetrics text format.
 
+use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::{Metric, Registry};
 
 use super::StoreMetrics;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct By {
+    road: String,
+}
 
 /// What is counted. The controller and the agent each use their part; what a process does not use stays zero.
 #[derive(Debug)]
@@ -33,6 +40,9 @@ pub struct Metrics {
     pub layer_mount_failures: Counter,
     /// Seconds from the begin of a snapshot to its published tree.
     pub snapshot_seconds: Histogram,
+    /// Bytes of contents that snapshots stored and that were not there before.
+    pub snapshot_added_bytes: Counter,
+    layer_road: Family<By, Gauge>,
     /// Snapshots that failed.
     pub snapshot_failures: Counter,
     /// Retention runs.
@@ -112,6 +122,18 @@ impl Metrics {
                 "Time to capture a writable layer as a tree",
                 snapshot_seconds,
             ),
+            snapshot_added_bytes: registered(
+                in_registry,
+                "snapshot_added_bytes",
+                "Bytes that captures of writable layers added to the store",
+                Counter::default(),
+            ),
+            layer_road: registered(
+                in_registry,
+                "layer_road",
+                "1 for the way by which layers are made on this node",
+                Family::default(),
+            ),
             snapshot_failures: registered(
                 in_registry,
                 "snapshot_failures",
@@ -154,6 +176,12 @@ impl Metrics {
         }
     }
 
+    /// Sets the way by which layers are made.
+    pub fn layers_are_made_by(&self, road: impl std::fmt::Display) {
+        let road = By { road: road.to_string() };
+        self.layer_road.get_or_create(&road).set(1);
+    }
+
     /// The text that a scrape gets.
     pub fn text(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
@@ -182,6 +210,7 @@ mod tests {
         let metrics = Metrics::new();
         // What has labels is told once there is one.
         metrics.store.used("current", 1, 2);
+        metrics.layers_are_made_by("Copy");
         metrics.store.below(None, 1, 2);
         metrics.store.largest([("ns", "name", 2)].into_iter());
         let text = metrics.text().unwrap();

@@ -11,6 +11,7 @@ mod deploy;
 mod flow;
 mod harness;
 mod policies;
+mod reboots;
 mod retention;
 mod rules;
 mod schedule;

@@ -50,11 +50,15 @@ impl Node {
                 message: problem.clone(),
             });
         }
+        let road = self.builder.layers.known_road();
+        if let Some(road) = road {
+            self.health.metrics().layers_are_made_by(road);
+        }
         let status = NodeStoreStatus {
             observed_generation: spec.generation,
             conditions: merge(&observed.status.conditions, wanted, spec.generation, Timestamp::now()),
             store_id: Some(self.builder.store.id().to_owned()),
-            road: self.road.map(|road| road.to_string()),
+            road: road.map(|road| road.to_string()),
             version: Some(env!("CARGO_PKG_VERSION").to_owned()),
             manifests: states
                 .map(|(manifest, step)| plan::state(manifest, self.known(manifest), *step))
