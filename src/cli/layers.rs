@@ -57,8 +57,8 @@ pub struct Mount {
     name: Option<String>,
     #[arg(long, value_enum, default_value = "overlay")]
     mode: ModeArg,
-    /// How much may be written, such as 2Gi, kept by the kernel; without it there is no limit but the disk's, or the
-    /// memory's.
+    /// How much may be written, such as 2Gi, kept by the kernel. Without it, an agent on the store gives its
+    /// --default-layer-size; without an agent there is no limit but the disk's, or the memory's.
     #[arg(long, value_parser = parse_size, value_name = "SIZE")]
     size: Option<u64>,
     /// The owner of everything in the tree, by numbers; by default, the owners in the tree.
