@@ -116,6 +116,7 @@ pub fn short(room: &Room, said: Option<Short>) -> Option<Short> {
     let from = |short| if said == Some(short) { 85 } else { 90 };
     match room {
         Room { disk_full: true, .. } => Some(Short::Disk),
+        Room { disk_short: true, .. } if said == Some(Short::Disk) => said,
         Room { bytes_full, .. } if *bytes_full >= from(Short::Bytes) => Some(Short::Bytes),
         Room { inodes_full, .. } if *inodes_full >= from(Short::Inodes) => Some(Short::Inodes),
         _ => None,
@@ -382,6 +383,12 @@ mod tests {
             assert!(full.reason == reason && full.message.contains(says), "{full:?}");
         }
         assert_eq!(short(&Room::default(), Some(Short::Bytes)), None);
+        let hardly = Room {
+            disk_short: true,
+            ..Room::default()
+        };
+        assert_eq!(short(&hardly, None), None);
+        assert_eq!(short(&hardly, Some(Short::Disk)), Some(Short::Disk));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Whether a layer's own file system is sound: seen from outside while it is mounted, checked and mended while it is not.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -35,12 +35,12 @@ pub(super) fn can_begin(image: &Path) -> Result<(), Error> {
 }
 
 /// Checks the image's file system if it was not unmounted cleanly or had an error, and mends what can be mended without
-/// asking. Returns what `e2fsck` said if there was more to do than a journal's work. A file system that is mounted
-/// somewhere is left alone.
+/// asking. Returns what `e2fsck` said if there was more to do than a journal's work, and the image, whose lock goes with it:
+/// keep it until the file system is mounted. A file system that is mounted somewhere is left alone.
 ///
 /// Fails with [`Error::InUse`] while somebody else is at work on the image: it is locked (flock(2)) by whoever checks it,
 /// also by a check that outlived the process that began it.
-pub(super) fn check(id: &LayerId, image: &Path) -> Result<Option<String>, Error> {
+pub(super) fn check(id: &LayerId, image: &Path) -> Result<(Option<String>, File), Error> {
     let in_use = |by: String| Error::InUse { id: id.clone(), by };
     let file = disk::open(image)?;
     if let Some(device) = disk::device_of(image, &file)? {
@@ -48,7 +48,7 @@ pub(super) fn check(id: &LayerId, image: &Path) -> Result<Option<String>, Error>
         let dev = (major(dev), minor(dev));
         let mounts = inuse::mounts(Some(dev), Path::new(""), |_| false).context("look for mounts of", image)?;
         if !mounts.is_empty() {
-            return Ok(None);
+            return Ok((None, file));
         }
         let path = device.path.clone();
         drop(device);
@@ -63,16 +63,17 @@ pub(super) fn check(id: &LayerId, image: &Path) -> Result<Option<String>, Error>
         Err(Errno::WOULDBLOCK) => return Err(in_use("a process that has locked disk.img".to_owned())),
         other => other.context("lock", image)?,
     }
-    // The lock is the descriptor's: with it as its input, e2fsck has the lock for as long as it lives.
-    let output = disk::run(Command::new(FSCK).arg("-p").arg(image).stdin(file))?;
+    // The lock is the open file's: with that as its input, e2fsck has the lock too, for as long as it lives.
+    let input = file.try_clone().context("open", image)?;
+    let output = disk::run(Command::new(FSCK).arg("-p").arg(image).stdin(input))?;
     let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
     let text = lines.collect::<Vec<_>>().join("; ");
     // Its exit code, in e2fsck(8): 1 errors were corrected, 2 and the machine should be started again (for a file system
     // that is mounted), more are none of these.
     match output.status.code() {
-        Some(0) => Ok(None),
-        Some(1..=3) => Ok(Some(text)),
+        Some(0) => Ok((None, file)),
+        Some(1..=3) => Ok((Some(text), file)),
         _ => Err(Error::Command {
             command: format!("{FSCK} -p {}", image.display()),
             message: format!("{}: {text}", output.status),

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -34,7 +34,9 @@ pub(super) fn make(image: &Path, size: u64) -> Result<(), Error> {
     let (block, least_journal) = if size < 64 * MIB { ("1024", 1) } else { ("4096", 4) };
     let journal = (size / MIB / 64).clamp(least_journal, 64);
     let mut mkfs = Command::new("mkfs.ext4");
-    mkfs.args(["-q", "-F", "-m", "0", "-b", block, "-i", "8192", "-O", "ea_inode", "-J"])
+    // By itself, mkfs goes by the node's mke2fs.conf. Inodes of 128 bytes would keep no nanoseconds.
+    mkfs.args(["-q", "-F", "-m", "0", "-b", block, "-i", "8192", "-I", "256"])
+        .args(["-O", "ea_inode", "-J"])
         .arg(format!("size={journal}"))
         // Nothing is zeroed or discarded: the file is new, and holes read as zeros.
         .args(["-E", "lazy_itable_init=1,lazy_journal_init=1,nodiscard"])
@@ -95,10 +97,21 @@ pub(super) fn mount(image: &Path, target: &Path) -> Result<(), Error> {
     // Another mount namespace may still have the file system mounted; over the same device, this is one more mount of it.
     let device = match device_of(image, &file)? {
         Some(device) => device,
-        None => loopdev::attach(&file, image).context("attach a loop device to", image)?,
+        None => {
+            let sector = sector(&file).context("read", image)?;
+            loopdev::attach(&file, image, sector).context("attach a loop device to", image)?
+        }
     };
     // The device stays attached until the file system has its own hold on it.
     mount::ext4(&device.path, target)?.attach(target)
+}
+
+/// Bytes of a sector of the device below the ext4 in the image, by `s_log_block_size` of its superblock: there are disks whose
+/// sectors are of 4096 bytes, and of such there are no blocks of 1024.
+fn sector(image: &File) -> io::Result<u32> {
+    let mut log = [0; 4];
+    image.read_exact_at(&mut log, 1024 + 24)?;
+    Ok(if u32::from_le_bytes(log) < 2 { 512 } else { 0 })
 }
 
 /// Grows the mounted file system to `size` bytes. Repeating it after an interruption finishes it.
@@ -132,8 +145,7 @@ pub(super) fn room(target: &Path) -> Result<Room, Error> {
         // A limit is more than there is for files: ext4 keeps some for its journal, its inodes and for itself.
         bytes_full: percent_gone(stat.f_blocks, stat.f_bavail),
         inodes_full: percent_gone(stat.f_files, stat.f_ffree),
-        disk_full: false,
-        stopped: false,
+        ..Room::default()
     })
 }
 

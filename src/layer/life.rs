@@ -236,7 +236,9 @@ impl Inner {
                 return Err(lost("disk.img is gone"));
             }
             make_private(&paths.disk)?;
-            checked = check::check(&record.id, &paths.image)?;
+            // Locked until it is mounted, which everybody else sees.
+            let (said, _locked) = check::check(&record.id, &paths.image)?;
+            checked = said;
             disk::mount(&paths.image, &paths.disk)?;
         }
         let changes = paths.changes(record);

@@ -115,8 +115,11 @@ pub fn find(image: &File) -> io::Result<Option<LoopDevice>> {
 
 /// Attaches `image` (open for reading and writing) to a free loop device; `name` is what `losetup` shows.
 ///
+/// `sector`: bytes of the device's own blocks, of which those of the file system in the image must be multiples. 0: as large
+/// as the sectors of the disk below, which direct I/O wants.
+///
 /// Direct I/O is asked for, so that a page is not cached twice, and done without where the file system below cannot.
-pub fn attach(image: &File, name: &Path) -> io::Result<LoopDevice> {
+pub fn attach(image: &File, name: &Path, sector: u32) -> io::Result<LoopDevice> {
     let control = OpenOptions::new().read(true).write(true).open("/dev/loop-control")?;
     // Another process may take the free device first; each round asks for another one.
     let mut last = io::Error::from(Errno::BUSY);
@@ -124,9 +127,9 @@ pub fn attach(image: &File, name: &Path) -> io::Result<LoopDevice> {
         let index = ioctl(&control, LOOP_CTL_GET_FREE, 0)?;
         let path = PathBuf::from(format!("/dev/loop{index}"));
         let device = open_device(OpenOptions::new().read(true).write(true), &path, index as u32)?;
-        match configure(&device, image, name, LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO) {
+        match configure(&device, image, name, sector, LO_FLAGS_AUTOCLEAR | LO_FLAGS_DIRECT_IO) {
             Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
-                match configure(&device, image, name, LO_FLAGS_AUTOCLEAR) {
+                match configure(&device, image, name, sector, LO_FLAGS_AUTOCLEAR) {
                     Ok(()) => return Ok(LoopDevice { path, _device: device }),
                     Err(e) => last = e,
                 }
@@ -178,7 +181,7 @@ fn open_device(options: &OpenOptions, path: &Path, index: u32) -> io::Result<Fil
     }
 }
 
-fn configure(device: &File, image: &File, name: &Path, flags: u32) -> io::Result<()> {
+fn configure(device: &File, image: &File, name: &Path, sector: u32, flags: u32) -> io::Result<()> {
     let mut file_name = [0; 64];
     let bytes = name.as_os_str().as_bytes();
     // The end of a path says more than its start; the last byte stays NUL.
@@ -186,7 +189,7 @@ fn configure(device: &File, image: &File, name: &Path, flags: u32) -> io::Result
     file_name[..tail.len()].copy_from_slice(tail);
     let config = LoopConfig {
         fd: image.as_raw_fd() as u32,
-        block_size: 0,
+        block_size: sector,
         info: LoopInfo64 {
             flags,
             file_name,

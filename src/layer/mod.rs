@@ -71,6 +71,8 @@ use crate::store::{Held, HeldTree, Hold, Holders, Problem, Store, TreeDigest};
 pub const SOURCE_PREFIX: &str = "larder:";
 
 /// How often, and after what pause, something busy that nobody is seen to use is tried again.
+/// A disk that was full is so until it has this much more than is reserved, or it would be told again and again.
+const HARDLY: u64 = 256 << 20;
 const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(20);
 
@@ -250,9 +252,13 @@ impl Layers {
     pub fn room(&self, id: &LayerId) -> Result<Room, Error> {
         let record = self.record(id)?.ok_or_else(|| Error::NotFound { id: id.clone() })?;
         let room = used::room(&self.0.paths(id), &record)?;
-        let reserve = self.0.store.check_room(0);
+        let lacks = |bytes| {
+            let reserve = self.0.store.check_room(bytes);
+            record.mode == Mode::Overlay && reserve.is_err_and(|error| error.is_disk_full())
+        };
         Ok(Room {
-            disk_full: record.mode == Mode::Overlay && reserve.is_err_and(|error| error.is_disk_full()),
+            disk_full: lacks(0),
+            disk_short: lacks(HARDLY),
             ..room
         })
     }

@@ -52,6 +52,15 @@ impl Inner {
         if !users.is_empty() {
             return Err(in_use(users.join(", ")));
         }
+        // They would go with it, unasked.
+        let is_inside = |point: &PathBuf| {
+            [&paths.mount, &paths.disk]
+                .into_iter()
+                .any(|own| point != own && point.starts_with(own))
+        };
+        if let Some(inside) = mounts.iter().find(|m| is_inside(&m.point)) {
+            return Err(in_use(format!("a mount inside it, at {}", inside.point.display())));
+        }
         for point in [&paths.mount, &paths.disk] {
             for mount in mounts.iter().filter(|m| m.point == *point) {
                 let mut tries = 0;
@@ -69,6 +78,12 @@ impl Inner {
                     std::thread::sleep(PAUSE);
                 }
             }
+        }
+        // Who came meanwhile, as a pod that was just starting. (By its number, the file system cannot be known any more.)
+        let users = inuse::mounts(None, &paths.mount, |m| is_upper_of(m, id))
+            .context("look for other mounts of", &paths.mount)?;
+        if !users.is_empty() {
+            return Err(in_use(users.join(", ")));
         }
         // What is mounted there now is not ours, and its files are not ours to remove.
         let mounts = read_mounts()?;

@@ -174,7 +174,7 @@ pub(super) fn mount_image(image: &File, target: &Path, road: Road) -> Result<(),
 fn mount_over_loop(image: &File, target: &Path) -> Result<mount::Detached, Error> {
     let device = match loopdev::find(image).context("look for a loop device of", target)? {
         Some(device) => device,
-        None => loopdev::attach(image, target).context("attach a loop device to the image of", target)?,
+        None => loopdev::attach(image, target, 0).context("attach a loop device to the image of", target)?,
     };
     // The device stays attached until the file system has its own hold on it.
     mount::erofs_on(&device.path, target)

@@ -26,6 +26,8 @@ pub struct Room {
     pub stopped: bool,
     /// Its changes are on the store's disk in the end, and that has less free than is reserved.
     pub disk_full: bool,
+    /// Likewise, or it has hardly more.
+    pub disk_short: bool,
 }
 
 pub(super) fn room(paths: &Paths, record: &LayerRecord) -> Result<Room, Error> {
@@ -45,10 +47,16 @@ pub(super) fn room(paths: &Paths, record: &LayerRecord) -> Result<Room, Error> {
         };
     }
     if let Some(mount) = top(&read_mounts()?, &paths.disk) {
-        return Ok(Room {
-            stopped: check::has_stopped(mount),
-            ..disk::room(&paths.disk)?
-        });
+        let stopped = check::has_stopped(mount);
+        let room = match record.size {
+            Some(_) => disk::room(&paths.disk)?,
+            // A tmpfs without a limit does not say what it holds.
+            None => {
+                let folder = File::open(&paths.disk).context("open", &paths.disk)?;
+                of_bytes(allocated(folder).context("count the blocks in", &paths.disk)?)
+            }
+        };
+        return Ok(Room { stopped, ..room });
     }
     match fs::symlink_metadata(&paths.image) {
         Ok(image) => Ok(of_bytes(image.blocks() * 512)),

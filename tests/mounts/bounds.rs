@@ -203,6 +203,23 @@ fn a_limit_too_small_for_anything_is_refused_and_leaves_nothing() {
 }
 
 #[test]
+fn a_disk_of_large_sectors_has_layers_of_any_limit() {
+    let site = Site::of_large_sectors();
+    for size in [4 << 20, SIZE, 128 << 20] {
+        let spec = LayerSpec {
+            size: Some(size),
+            ..site.spec(Mode::Overlay)
+        };
+        let path = site.layers.prepare(&spec).unwrap().path;
+        fs::write(path.join("mine"), "mine").unwrap();
+        site.layers.unmount(&spec.id).unwrap();
+        let path = site.layers.prepare(&spec).unwrap().path;
+        assert_eq!(fs::read_to_string(path.join("mine")).unwrap(), "mine", "{size}");
+        site.layers.release(&spec.id, false).unwrap();
+    }
+}
+
+#[test]
 fn a_layer_without_a_limit_has_none_but_the_disks() {
     let mut site = Site::new();
     let spec = LayerSpec {
@@ -220,6 +237,51 @@ fn a_layer_without_a_limit_has_none_but_the_disks() {
     let path = site.layers.prepare(&spec).unwrap().path;
     assert_eq!(path.join("large").metadata().unwrap().len(), 2 * SIZE);
     site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
+fn a_layer_in_memory_without_a_limit_says_what_it_holds() {
+    let site = Site::new();
+    let spec = LayerSpec {
+        size: None,
+        ..site.spec(Mode::Tmpfs)
+    };
+    let path = site.layers.prepare(&spec).unwrap().path;
+    fs::write(path.join("large"), vec![1; SIZE as usize]).unwrap();
+    let room = site.layers.room(&spec.id).unwrap();
+    assert!((SIZE..SIZE + (1 << 20)).contains(&room.used), "{room:?}");
+    assert_eq!((room.bytes_full, room.inodes_full), (0, 0));
+    site.layers.release(&spec.id, false).unwrap();
+    site.nothing_is_left();
+}
+
+#[test]
+fn what_others_mounted_inside_a_layer_is_named_and_not_unmounted() {
+    let site = Site::new();
+    for mode in MODES {
+        let spec = site.spec(mode);
+        let path = site.layers.prepare(&spec).unwrap().path;
+        let foreign = site.dir.path().join("foreign");
+        fs::create_dir_all(&foreign).unwrap();
+        fs::write(foreign.join("kept"), "kept").unwrap();
+        fs::create_dir(path.join("inside")).unwrap();
+        let point = path.join("inside");
+        rustix::mount::mount_bind(&foreign, &point).unwrap();
+        // Also when patience has ended.
+        for detach in [false, true] {
+            let error = site.layers.release(&spec.id, detach).unwrap_err();
+            let named = |by: &str| by.contains(&*point.to_string_lossy());
+            assert!(matches!(&error, Error::InUse { by, .. } if named(by)), "{error}");
+            assert_eq!(fs::read_to_string(point.join("kept")).unwrap(), "kept");
+        }
+        rustix::mount::unmount(&point, rustix::mount::UnmountFlags::empty()).unwrap();
+        site.layers.release(&spec.id, false).unwrap();
+    }
+    assert_eq!(
+        fs::read_to_string(site.dir.path().join("foreign/kept")).unwrap(),
+        "kept"
+    );
     site.nothing_is_left();
 }
 

@@ -80,6 +80,28 @@ impl Site {
         Self::in_folder(dir, "disk/store", Some(turn))
     }
 
+    /// On a disk whose sectors are of 4096 bytes.
+    fn of_large_sectors() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = temp_store_dir();
+        let (disk, image) = (dir.path().join("disk"), dir.path().join("sectors.img"));
+        fs::create_dir(&disk).unwrap();
+        fs::File::create(&image).unwrap().set_len(1 << 30).unwrap();
+        let mut losetup = Command::new("losetup");
+        losetup.args(["--find", "--show", "--sector-size", "4096"]).arg(&image);
+        let device = String::from_utf8(losetup.output().unwrap().stdout).unwrap();
+        let device = device.trim();
+        for words in [
+            vec!["mkfs.ext4", "-q", device],
+            vec!["mount", device, disk.to_str().unwrap()],
+            vec!["losetup", "--detach", device],
+        ] {
+            let done = Command::new(words[0]).args(&words[1..]).status().unwrap();
+            assert!(done.success(), "{words:?}");
+        }
+        Self::in_folder(dir, "disk/store", Some(turn))
+    }
+
     /// In memory, where the kernel mounts no image from its file.
     fn in_memory() -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
