@@ -90,6 +90,8 @@ pub enum FailureKind {
     MountPoint,
     /// It is the store itself.
     Store,
+    /// A file of more bytes than the store's disk has in all. If it is a sparse one, its zeros would be read for hours.
+    TooLarge { size: u64, disk: u64 },
     /// An attribute of overlayfs that has a value or a place which larder's mounts don't make.
     Overlay { attribute: String },
     /// An attribute of overlayfs that leads to a path of the tree below where nothing fits.
@@ -107,6 +109,12 @@ impl fmt::Display for Failure {
             }
             FailureKind::MountPoint => f.write_str("a mount point, which is not entered: exclude it"),
             FailureKind::Store => f.write_str("the store itself, which is not entered: exclude it"),
+            FailureKind::TooLarge { size, disk } => {
+                write!(
+                    f,
+                    "it is {size} bytes long, and the store's disk has {disk} in all: exclude it"
+                )
+            }
             FailureKind::Overlay { attribute } => write!(
                 f,
                 "it has the attribute {attribute}, which larder's mounts don't make so and a snapshot cannot resolve"

@@ -69,6 +69,8 @@ pub(super) struct Way<'a> {
     /// A file that was changed a shorter time ago is left alone once until then. A write moves the file's times first
     /// and then its bytes, so that one that is under way is not to be seen from the times.
     pub settle: Duration,
+    /// Bytes of the largest file that is read.
+    pub most: u64,
 }
 
 /// Reads the entry that had the status `seen` when the walk came by, and stores its content unless it has an `other`.
@@ -92,10 +94,7 @@ pub(super) fn read(
         }
     };
     let mut before = *seen;
-    if let Some(rest) = way.settle.checked_sub(age(seen, SystemTime::now()))
-        && file_type(seen) == FileType::RegularFile
-    {
-        thread::sleep(rest);
+    if file_type(seen) == FileType::RegularFile && let_settle(seen, way.settle) {
         before = look()?;
     }
     let mut tried = 1;
@@ -103,7 +102,7 @@ pub(super) fn read(
         if way.cancel.load(Ordering::Relaxed) {
             return Err(Trouble::Cancelled);
         }
-        match read_once(folder, name, &before, other, way.build, buffers) {
+        match read_once(folder, name, &before, other, way, buffers) {
             Err(Trouble::Changed) if tried < TRIES => {
                 thread::sleep(PAUSE * (1 << tried));
                 tried += 1;
@@ -112,6 +111,15 @@ pub(super) fn read(
             read => return Ok((read?, before)),
         }
     }
+}
+
+/// Waits until its last change is that long ago. `false` if there was nothing to wait for.
+pub(super) fn let_settle(stat: &Stat, settle: Duration) -> bool {
+    let rest = settle.checked_sub(age(stat, SystemTime::now()));
+    if let Some(rest) = rest {
+        thread::sleep(rest);
+    }
+    rest.is_some()
 }
 
 /// How long ago it was changed. What was changed in the future, by the clock, was long ago.
@@ -126,11 +134,11 @@ fn read_once(
     name: &CStr,
     before: &Stat,
     other: &Other<'_>,
-    build: &Build,
+    way: &Way<'_>,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
     if file_type(before) == FileType::RegularFile {
-        return read_file(folder, name, before, other, build, buffers);
+        return read_file(folder, name, before, other, way, buffers);
     }
     // A place, which opens no device and no FIFO. All that follows is about this one inode, and it is no mount's: the
     // status alone would be that of what is mounted there.
@@ -166,7 +174,7 @@ fn read_file(
     name: &CStr,
     before: &Stat,
     other: &Other<'_>,
-    build: &Build,
+    way: &Way<'_>,
     buffers: &mut Buffers,
 ) -> Result<Leaf, Trouble> {
     // The type was looked at before, and should it have changed since, `O_NONBLOCK` keeps a FIFO from blocking.
@@ -178,7 +186,7 @@ fn read_file(
     let mut xattrs = buffers.of(&file)?;
     let kind = match other(before, &mut xattrs)? {
         Some(kind) => kind,
-        None => put(&file, before, build)?,
+        None => put(&file, before, way)?,
     };
     if !same(before, &fstat(&file)?) {
         return Err(Trouble::Changed);
@@ -189,14 +197,22 @@ fn read_file(
     })
 }
 
-fn put(file: &File, before: &Stat, build: &Build) -> Result<LeafKind, Trouble> {
-    let blob = build.put_file(file).map_err(|error| match error {
-        store::Error::Source(e) => match Errno::from_io_error(&e) {
-            Some(errno) => Trouble::from(errno),
-            None => Trouble::Errno(Errno::IO),
-        },
-        other => Trouble::Store(other),
-    })?;
+fn put(file: &File, before: &Stat, way: &Way<'_>) -> Result<LeafKind, Trouble> {
+    let size = u64::try_from(before.st_size).unwrap_or(0);
+    if size > way.most {
+        return Err(Trouble::Kind(FailureKind::TooLarge { size, disk: way.most }));
+    }
+    let blob = way
+        .build
+        .put_file_until(file, way.cancel)
+        .map_err(|error| match error {
+            store::Error::Cancelled => Trouble::Cancelled,
+            store::Error::Source(e) => match Errno::from_io_error(&e) {
+                Some(errno) => Trouble::from(errno),
+                None => Trouble::Errno(Errno::IO),
+            },
+            other => Trouble::Store(other),
+        })?;
     if i64::try_from(blob.size) != Ok(before.st_size) {
         return Err(Trouble::Changed);
     }

@@ -11,11 +11,12 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use rayon::prelude::*;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, statat};
 use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
-use super::leaf::{self, Trouble, Way, device, file_type, meta, same};
+use super::leaf::{self, Trouble, Way, device, file_type, let_settle, meta, same};
 use super::unchanged::{Known, Marks};
 use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::{Descent, names, open_beneath};
@@ -24,6 +25,8 @@ use crate::store::{self, Build};
 
 /// Entries that are read together. Each may keep its folder open.
 const BATCH: usize = 256;
+/// Bytes from which on reading a file may take long.
+const LARGE: i64 = 16 << 20;
 
 /// How often a tree that changes while it is read is read again.
 const TRIES: u32 = 3;
@@ -129,6 +132,8 @@ struct Pending {
     order: u64,
 }
 
+type Outcome = (Pending, Result<(Leaf, Stat), Trouble>);
+
 struct Walk<'a> {
     rules: &'a dyn Rules,
     reading: &'a Reading<'a>,
@@ -143,6 +148,10 @@ struct Walk<'a> {
     pending: Vec<Pending>,
     buffers: Buffers,
     order: u64,
+    /// Bytes of the largest file that is read.
+    most: u64,
+    /// For large files, once there is one: everything else that goes on in this process would wait for them.
+    threads: Option<ThreadPool>,
 }
 
 impl<'a> Walk<'a> {
@@ -166,6 +175,8 @@ impl<'a> Walk<'a> {
             pending: Vec::new(),
             buffers: Buffers::new(),
             order: 0,
+            most: reading.build.disk_size()?,
+            threads: None,
         })
     }
 
@@ -293,7 +304,12 @@ impl<'a> Walk<'a> {
 
     fn look(&mut self) -> std::io::Result<(Arc<OwnedFd>, Stat, Xattrs, Vec<CString>)> {
         let folder = self.descent.folder()?.clone();
-        let stat = fstat(&folder)?;
+        let mut stat = fstat(&folder)?;
+        // Times may move by a clock's tick: a name that comes within that of the last one, after they were listed, would
+        // not be seen from the folder's times.
+        if let_settle(&stat, self.reading.settle) {
+            stat = fstat(&folder)?;
+        }
         let xattrs = self.buffers.of(&*folder)?;
         let names = names(&*folder)?;
         Ok((folder, stat, xattrs, names))
@@ -390,23 +406,35 @@ impl<'a> Walk<'a> {
             build: self.reading.build,
             cancel: self.reading.cancel,
             settle: self.reading.settle,
+            most: self.most,
         };
         let (rules, tree) = (self.rules, &self.tree);
+        let read_one = |buffers: &mut Buffers, entry: Pending| {
+            let place = Place {
+                below: entry.below,
+                name: entry.name.to_bytes(),
+            };
+            let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
+            let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, &way, buffers);
+            progress.fetch_add(1, Ordering::Relaxed);
+            (entry, read)
+        };
+        let read_all = |entries: Vec<Pending>| -> Vec<Outcome> {
+            entries.into_par_iter().map_init(Buffers::new, read_one).collect()
+        };
         let pending = std::mem::take(&mut self.pending);
-        let read: Vec<Result<(Leaf, Stat), Trouble>> = pending
-            .par_iter()
-            .map_init(Buffers::new, |buffers, entry| {
-                let place = Place {
-                    below: entry.below,
-                    name: entry.name.to_bytes(),
-                };
-                let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
-                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, &way, buffers);
-                progress.fetch_add(1, Ordering::Relaxed);
-                read
-            })
-            .collect();
-        for (entry, read) in pending.into_iter().zip(read) {
+        let (large, small): (Vec<_>, Vec<_>) = pending.into_iter().partition(|entry| entry.stat.st_size > LARGE);
+        let mut read = read_all(small);
+        if !large.is_empty() {
+            if self.threads.is_none() {
+                self.threads = Some(threads()?);
+            }
+            read.extend(match &self.threads {
+                Some(threads) => threads.install(|| read_all(large)),
+                None => read_all(large),
+            });
+        }
+        for (entry, read) in read {
             let kind = match read {
                 Ok((leaf, stat)) => {
                     self.tree.leaves[entry.leaf.0 as usize] = leaf;
@@ -472,6 +500,15 @@ impl<'a> Walk<'a> {
         self.order += 1;
         self.failures.add(self.order, || self.path.clone(), kind);
     }
+}
+
+/// As many as there are processors, or as the pool has that this is called in.
+fn threads() -> Result<ThreadPool, Error> {
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(rayon::current_num_threads())
+        .thread_name(|number| format!("read-{number}"));
+    let error = |error| Error::io("start threads for", "the source".as_ref(), std::io::Error::other(error));
+    pool.build().map_err(error)
 }
 
 /// The path of an entry of a visited folder, or with an empty name that of the folder.

@@ -166,7 +166,7 @@ impl Work<'_> {
     /// Puts one file's content if it is the lost one.
     fn take(&mut self, folder: &SourceDir, path: &[u8], digest: &Digest, size: u64) -> Result<bool, Error> {
         let put = match open(&folder.folder, path, size) {
-            Ok(file) => match self.build.put_file(&file) {
+            Ok(file) => match self.build.put_file_until(&file, self.cancel) {
                 Ok(blob) if blob.digest == *digest => Ok(blob),
                 Ok(other) => {
                     // One that is not new may be what another lost file was put for, and waits for its name.
@@ -176,6 +176,8 @@ impl Work<'_> {
                     Err("it has other bytes now".to_owned())
                 }
                 Err(store::Error::Source(error)) => Err(error.to_string()),
+                // The next look at the flag ends it all.
+                Err(error @ store::Error::Cancelled) => Err(error.to_string()),
                 Err(error) => return Err(error.into()),
             },
             Err(why) => Err(why),

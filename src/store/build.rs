@@ -16,6 +16,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::disk::{self, Reader, Step};
 use super::files::{self, lock};
+use super::large::Until;
 use super::layout::{Inner, Shard, object_path};
 use super::leases::{BuildLeases, Hold, Leased};
 use super::tree::{Leaf, Tree};
@@ -152,15 +153,37 @@ impl Build {
     /// Stores a file's whole content, whatever the descriptor's position. Holes stay holes. The digest is that of the
     /// bytes that were stored, even if the file changes meanwhile. Fails as [`Build::put`] does.
     pub fn put_file(&self, from: &File) -> Result<Blob, Error> {
+        self.put_file_until(from, &AtomicBool::new(false))
+    }
+
+    /// Bytes of the store's disk in all, without those that it reserves for root.
+    pub fn disk_size(&self) -> Result<u64, Error> {
+        let asked = |error| Error::io("ask for the size of the disk of", &self.store.root, error);
+        files::total(&self.store.dir).map_err(asked)
+    }
+
+    /// As [`Build::put_file`]. Soon after `cancel` is set, however large the file is, it fails with [`Error::Cancelled`].
+    pub fn put_file_until(&self, from: &File, cancel: &AtomicBool) -> Result<Blob, Error> {
+        let put = self.put_opened(from, cancel);
+        match put.is_err() && cancel.load(Ordering::Relaxed) {
+            true => Err(Error::Cancelled),
+            false => put,
+        }
+    }
+
+    fn put_opened(&self, from: &File, cancel: &AtomicBool) -> Result<Blob, Error> {
         let stat = rustix::fs::fstat(from).map_err(|e| Error::Source(e.into()))?;
         let size = stat.st_size.max(0) as u64;
         let hole = match (stat.st_blocks.max(0) as u64).saturating_mul(512) < size {
             true => FINE,
             false => 0,
         };
-        let mut reader = Reader::new(Step::SourceRead, from);
+        let mut reader = Until {
+            reader: Reader::new(Step::SourceRead, from),
+            cancel,
+        };
         if size > SMALL as u64 {
-            return self.put_large(from, &stat, hole);
+            return self.put_large(from, &stat, hole, cancel);
         }
         // One more than expected, so that the end is seen without growing the buffer.
         let mut head = Vec::with_capacity(size as usize + 1);

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::panic::resume_unwind;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::thread;
 use std::time::SystemTime;
@@ -35,18 +35,25 @@ impl Build {
     }
 
     /// Stores a file that had the status `before`. Zero blocks of `hole` bytes are not written; with 0, all are.
-    pub(super) fn put_large(&self, from: &File, before: &Stat, hole: usize) -> Result<Blob, Error> {
+    pub(super) fn put_large(
+        &self,
+        from: &File,
+        before: &Stat,
+        hole: usize,
+        cancel: &AtomicBool,
+    ) -> Result<Blob, Error> {
         self.staging(|to| {
-            if let Some(shared) = self.share(from, before, to)? {
+            if let Some(shared) = self.share(from, before, to, cancel)? {
                 return Ok(shared);
             }
             // The kernel's copy would fill the holes.
             if hole == 0
-                && let Some(copied) = self.copy(from, before, to)?
+                && let Some(copied) = self.copy(from, before, to, cancel)?
             {
                 return Ok(copied);
             }
-            self.stream(&mut Reader::new(Step::SourceRead, from), hole, to)
+            let reader = Reader::new(Step::SourceRead, from);
+            self.stream(&mut Until { reader, cancel }, hole, to)
         })
     }
 
@@ -93,14 +100,14 @@ impl Build {
     ///
     /// Faster than [`Build::stream`] on an idle disk: the copy does not wait for the hashing, so that the disk has
     /// something to write earlier.
-    fn copy(&self, from: &File, before: &Stat, to: &File) -> Result<Option<Hashed>, Error> {
+    fn copy(&self, from: &File, before: &Stat, to: &File, cancel: &AtomicBool) -> Result<Option<Hashed>, Error> {
         if !self.copy_in_kernel.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let (copied, ends) = channel();
         let (whole, hashed) = thread::scope(|scope| {
             let hasher = scope.spawn(move || hash_behind(to, ends));
-            let whole = self.copy_to_end(from, before, to, copied);
+            let whole = self.copy_to_end(from, before, to, cancel, copied);
             (whole, hasher.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
         if !whole {
@@ -111,12 +118,12 @@ impl Build {
     }
 
     /// Copies until the source ends, and tells `copied` how far it has come. `false` if it has not come to the end.
-    fn copy_to_end(&self, from: &File, before: &Stat, to: &File, copied: Sender<u64>) -> bool {
+    fn copy_to_end(&self, from: &File, before: &Stat, to: &File, cancel: &AtomicBool, copied: Sender<u64>) -> bool {
         let expected = before.st_size.max(0) as u64;
         let (mut read_at, mut at) = (0, 0);
         loop {
             let left = expected.saturating_sub(at);
-            if self.store.reserve(left.min(PIECE as u64)).is_err() {
+            if cancel.load(Ordering::Relaxed) || self.store.reserve(left.min(PIECE as u64)).is_err() {
                 return false;
             }
             match disk::copy(Step::BlobCopy, from, &mut read_at, to, &mut at, PIECE) {
@@ -136,13 +143,15 @@ impl Build {
     }
 
     /// Shares the file's blocks where the file system can. `None` if it cannot.
-    fn share(&self, from: &File, before: &Stat, to: &File) -> Result<Option<Hashed>, Error> {
+    fn share(&self, from: &File, before: &Stat, to: &File, cancel: &AtomicBool) -> Result<Option<Hashed>, Error> {
         if !self.reflink.load(Ordering::Relaxed) {
             return Ok(None);
         }
         let now = SystemTime::now();
         match disk::reflink(Step::BlobReflink, to, from) {
-            Ok(()) => hash_shared(from, before, to, now).map(Some).map_err(Error::Source),
+            Ok(()) => hash_shared(from, before, to, now, cancel)
+                .map(Some)
+                .map_err(Error::Source),
             Err(error) => {
                 // Another file system, or one without reflinks. Whatever else it is, copying will tell.
                 if matches!(error, Errno::OPNOTSUPP | Errno::NOTTY | Errno::NOSYS) {
@@ -160,9 +169,15 @@ impl Build {
 /// memory. So that is hashed if it is the same before and after, and was settled before: then any change, be it by a
 /// mapping of its pages, would have shown (sharing blocks writes back what is dirty, so that the next write of a
 /// mapping is noticed).
-pub(super) fn hash_shared(from: &File, before: &Stat, file: &File, now: SystemTime) -> io::Result<(Digest, u64)> {
+pub(super) fn hash_shared(
+    from: &File,
+    before: &Stat,
+    file: &File,
+    now: SystemTime,
+    cancel: &AtomicBool,
+) -> io::Result<(Digest, u64)> {
     if files::is_settled(before, now) {
-        let hashed = hash_file(Step::SourceRead, from)?;
+        let hashed = hash_file(Step::SourceRead, from, cancel)?;
         let after = rustix::fs::fstat(from)?;
         let key = |stat: &Stat| {
             (
@@ -177,13 +192,14 @@ pub(super) fn hash_shared(from: &File, before: &Stat, file: &File, now: SystemTi
             return Ok(hashed);
         }
     }
-    hash_file(Step::StagedRead, file)
+    hash_file(Step::StagedRead, file, cancel)
 }
 
 /// Digest and length of a file's whole content. By one thread: what was just read is in its cache, and where two
 /// processors are one core's, as in most virtual machines, a second one would gain nothing.
-fn hash_file(step: Step, file: &File) -> io::Result<(Digest, u64)> {
-    let mut reader = Reader::new(step, file);
+fn hash_file(step: Step, file: &File, cancel: &AtomicBool) -> io::Result<(Digest, u64)> {
+    let reader = Reader::new(step, file);
+    let mut reader = Until { reader, cancel };
     let mut hash = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     let mut size = 0u64;
@@ -259,6 +275,21 @@ fn hash_beside<E>(work: impl FnOnce(Vec<u8>, &Beside) -> Result<(), E>) -> Resul
         let digest = hasher.join().unwrap_or_else(|panic| resume_unwind(panic));
         worked.map(|()| digest)
     })
+}
+
+/// A reader that fails once it is cancelled: a sparse file may be of any size, and its zeros are read for hours.
+pub(super) struct Until<'a, R> {
+    pub reader: R,
+    pub cancel: &'a AtomicBool,
+}
+
+impl<R: Read> Read for Until<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match self.cancel.load(Ordering::Relaxed) {
+            true => Err(io::Error::other("cancelled")),
+            false => self.reader.read(buffer),
+        }
+    }
 }
 
 /// Reads until the buffer is full or the reader ends.

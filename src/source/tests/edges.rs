@@ -318,3 +318,48 @@ fn a_path_outside_the_roots_is_answered_with_the_roots_of_the_namespace_only() {
         Err(Error::OutsideRoots { .. })
     ));
 }
+
+#[test]
+fn a_file_larger_than_the_disk_is_named_and_not_read() {
+    let place = Place::new();
+    let disk = place.store.build().unwrap().disk_size().unwrap();
+    let file = fs::File::create(place.source.join("huge")).unwrap();
+    file.set_len(disk + 1).unwrap();
+    fs::write(place.source.join("small"), "small").unwrap();
+    match place.scan().unwrap_err() {
+        Error::Unreadable { count: 1, first } => {
+            let size = disk + 1;
+            assert_eq!(first[0].path, "huge");
+            assert_eq!(first[0].kind, FailureKind::TooLarge { size, disk });
+        }
+        error => panic!("{error}"),
+    }
+    assert!(place.scan_but(&["huge"]).is_ok());
+}
+
+#[test]
+fn files_that_are_read_for_hours_hold_up_no_other_build_and_end_when_cancelled() {
+    let (slow, other) = (Place::new(), Place::new());
+    let build = slow.store.build().unwrap();
+    let size = build.disk_size().unwrap() / 2;
+    for number in 0..2 * rayon::current_num_threads() {
+        let file = fs::File::create(slow.source.join(number.to_string())).unwrap();
+        file.set_len(size).unwrap();
+    }
+    for number in 0..1000 {
+        fs::write(other.source.join(number.to_string()), number.to_string()).unwrap();
+    }
+    let cancel = AtomicBool::new(false);
+    let source = SourceDir::open(&slow.store, &slow.source).unwrap();
+    thread::scope(|scope| {
+        let reading = scope.spawn(|| scan(&source, &ScanOptions::default(), &build, &cancel));
+        thread::sleep(Duration::from_millis(300));
+        assert_eq!(other.scan().unwrap().stats().files, 1000);
+        assert!(!reading.is_finished(), "all zeros are read: {size} bytes a file");
+        cancel.store(true, Ordering::Relaxed);
+        let asked = Instant::now();
+        let read = reading.join().unwrap();
+        assert!(matches!(read, Err(Error::Cancelled)), "{read:?}");
+        assert!(asked.elapsed() < Duration::from_secs(20), "{:?}", asked.elapsed());
+    });
+}

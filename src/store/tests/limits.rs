@@ -135,7 +135,7 @@ fn a_source_that_may_have_changed_is_not_hashed_for_what_shares_its_blocks() {
     let stat = rustix::fs::fstat(&source).unwrap();
     let changed = SystemTime::now();
     let settled = changed + Duration::from_secs(3);
-    let hash = |before: &rustix::fs::Stat, now| hash_shared(&source, before, &stored, now).unwrap();
+    let hash = |before: &rustix::fs::Stat, now| hash_shared(&source, before, &stored, now, &false.into()).unwrap();
     assert_eq!(hash(&stat, settled), of_source);
     assert_eq!(hash(&stat, changed), of_stored, "a further change would not show");
     let mut before = stat;
