@@ -17,6 +17,8 @@ pub(super) struct Entry {
     pub backoff: Backoff,
     pub writing: bool,
     pub write_backoff: Backoff,
+    /// The disk was asked for its record, and has none.
+    pub is_new: bool,
     /// What the last event said.
     pub announced: Option<Said>,
     pub announced_full: Option<Said>,
@@ -41,6 +43,7 @@ impl Entry {
             backoff: Backoff::new(Duration::from_millis(250), Duration::from_secs(60)),
             writing: false,
             write_backoff: Backoff::default(),
+            is_new: false,
             announced: None,
             announced_full: None,
             in_use_since: None,

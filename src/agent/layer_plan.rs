@@ -75,6 +75,20 @@ pub enum Step {
         id: LayerId,
         detach: bool,
     },
+    /// Read what the disk has of the layer.
+    Recall {
+        id: LayerId,
+    },
+}
+
+/// What is known of a layer's record.
+#[derive(Debug, Clone, Copy)]
+pub enum Recorded<'a> {
+    As(&'a LayerRecord),
+    /// The disk has none.
+    No,
+    /// None was found, which may be because it could not be read.
+    Unknown,
 }
 
 /// Decides about a layer. `released`: this agent has released it. `placed` is its manifest on this node: absent, not stored yet, or stored.
@@ -82,11 +96,15 @@ pub fn step(
     key: &ObjectKey,
     observed: &Observed,
     placed: Option<Option<TreeDigest>>,
-    record: Option<&LayerRecord>,
+    recorded: Recorded<'_>,
     store_id: &str,
     patience_ended: bool,
     released: bool,
 ) -> Step {
+    let record = match recorded {
+        Recorded::As(record) => Some(record),
+        Recorded::No | Recorded::Unknown => None,
+    };
     let Some(id) = observed.id() else {
         let message = format!("the object's UID {:?} is not a UUID", observed.uid);
         return Step::Say(Outcome::Stalled {
@@ -131,6 +149,10 @@ pub fn step(
             reason: reasons::DATA_LOST,
             message,
         });
+    }
+    // It was made here once. Over which tree, must be known before it is made over another one.
+    if let (Recorded::Unknown, Some(_)) = (recorded, &observed.status.store_id) {
+        return Step::Recall { id };
     }
     // A layer keeps the tree that it was made over, also when its manifest is built anew or deleted.
     let tree = match (record, placed) {

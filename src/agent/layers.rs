@@ -14,8 +14,8 @@ use tracing::{debug, error, info, warn};
 
 use super::builds::MountedLayers;
 use super::layer_entry::Entry;
-use super::layer_outcome::Outcome;
-use super::layer_plan::{self, Observed, Step};
+use super::layer_outcome::{self, Outcome};
+use super::layer_plan::{self, Observed, Recorded, Step};
 use super::node::Placed;
 use super::tell;
 use crate::api::conditions::NEARLY_FULL;
@@ -23,7 +23,7 @@ use crate::api::{LAYER_FINALIZER, Parsed, WritableLayer, int64};
 use crate::cluster::{
     AGENT_MANAGER, Announcer, Followed, ObjectKey, WriteError, apply_finalizers, apply_status, is_news, uid_of,
 };
-use crate::layer::{LayerId, LayerRecord, Layers, OwnerKind, Room};
+use crate::layer::{self, LayerId, LayerRecord, Layers, OwnerKind, Room};
 use crate::telemetry::Health;
 
 /// Layers prepared or released at once.
@@ -55,7 +55,7 @@ enum Done {
         key: ObjectKey,
         uid: String,
         outcome: Box<Outcome>,
-        record: Option<LayerRecord>,
+        record: Result<Option<LayerRecord>, layer::Error>,
         /// If it was mounted and had not been before.
         mounted_in: Option<Duration>,
         /// Reasons of events, and what they say.
@@ -72,6 +72,11 @@ enum Done {
     Orphan {
         id: LayerId,
         released: bool,
+    },
+    Recalled {
+        key: ObjectKey,
+        uid: String,
+        record: Result<Option<LayerRecord>, layer::Error>,
     },
     Used(Vec<(ObjectKey, Room)>),
 }
@@ -215,12 +220,16 @@ impl Keeper {
         let patience_ended = entry
             .in_use_since
             .is_some_and(|since| now.duration_since(since) > PATIENCE);
-        let record = entry.observed.id().and_then(|id| self.records.get(&id));
+        let recorded = match entry.observed.id().and_then(|id| self.records.get(&id)) {
+            Some(record) => Recorded::As(record),
+            None if entry.is_new => Recorded::No,
+            None => Recorded::Unknown,
+        };
         let step = layer_plan::step(
             key,
             &entry.observed,
             placed,
-            record,
+            recorded,
             self.start.layers.store().id(),
             patience_ended,
             entry.outcome == Some(Outcome::Released),
@@ -248,7 +257,7 @@ impl Keeper {
                 self.tasks.spawn_blocking(move || {
                     let started = Instant::now();
                     let ended = layer_plan::prepare(&layers, &spec, grow);
-                    let record = layers.record(&spec.id).ok().flatten();
+                    let record = layers.record(&spec.id);
                     Done::Worked {
                         key,
                         uid,
@@ -259,11 +268,18 @@ impl Keeper {
                     }
                 });
             }
+            Step::Recall { id } => {
+                let layers = self.start.layers.clone();
+                self.tasks.spawn_blocking(move || {
+                    let record = layers.record(&id);
+                    Done::Recalled { key, uid, record }
+                });
+            }
             Step::Release { id, detach } => {
                 let layers = self.start.layers.clone();
                 self.tasks.spawn_blocking(move || {
                     let outcome = Box::new(layer_plan::release(&layers, &id, detach));
-                    let record = layers.record(&id).ok().flatten();
+                    let record = layers.record(&id);
                     Done::Worked {
                         key,
                         uid,
@@ -297,8 +313,10 @@ impl Keeper {
                 }
                 if let Ok(id) = uid.parse::<LayerId>() {
                     match record {
-                        Some(record) => drop(self.records.insert(id, record)),
-                        None => drop(self.records.remove(&id)),
+                        Ok(Some(record)) => drop(self.records.insert(id, record)),
+                        Ok(None) => drop(self.records.remove(&id)),
+                        // What is known of it still holds.
+                        Err(error) => warn!(layer = %key, %error, "the layer's record cannot be read"),
                     }
                 }
                 for (reason, note) in news {
@@ -316,6 +334,25 @@ impl Keeper {
                     info!(layer = %key, node = self.start.node, reason = verdict.reason(), message = verdict.message(), "layer");
                 }
                 entry.settle(*outcome, now);
+            }
+            Done::Recalled { key, uid, record } => {
+                let Some(entry) = self.entries.get_mut(&key).filter(|entry| entry.observed.uid == uid) else {
+                    return;
+                };
+                entry.at_work = false;
+                match record {
+                    Ok(found) => {
+                        entry.is_new = found.is_none();
+                        entry.due = true;
+                        if let Some((id, record)) = entry.observed.id().zip(found) {
+                            self.records.insert(id, record);
+                        }
+                    }
+                    Err(error) => {
+                        warn!(layer = %key, node = self.start.node, %error, "the layer's record cannot be read; trying again");
+                        entry.settle(layer_outcome::outcome(error), now);
+                    }
+                }
             }
             Done::Finalizer { key, result } => {
                 if let Some(entry) = self.entries.get_mut(&key) {

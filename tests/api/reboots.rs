@@ -46,6 +46,46 @@ fn text(path: &Path) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_layer_whose_record_was_repaired_is_the_one_that_it_was() {
+    let mut site = Site::start("records").await;
+    write_files(&site.source("base"), 3, "base");
+    site.create_manifest("base", json!({})).await;
+    site.manifest_says("base", "True", "Stored").await;
+    site.create_layer("work", "base", json!({})).await;
+    let path = path_of(&site, "work", "Mounted").await;
+    let before = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    std::fs::write(path.join("mine"), "mine").unwrap();
+    site.agent.kill();
+    let folders = std::fs::read_dir(site.root().join("layers")).unwrap();
+    let record = folders.last().unwrap().unwrap().path().join("layer.json");
+    let text_before = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    site.restart_agent().await;
+    site.layer_says("work", "False", "MountFailed").await;
+    // Meanwhile the manifest gets another tree.
+    write_files(&site.source("base"), 4, "another");
+    site.request("base").await;
+    let rebuilt = site.manifest_says("base", "True", "Stored").await.status.unwrap();
+    assert_ne!(rebuilt.digest, before.digest);
+    std::fs::write(&record, text_before).unwrap();
+    assert_eq!(path_of(&site, "work", "Mounted").await, path);
+    let after = site.layer_says("work", "True", "Mounted").await.status.unwrap();
+    assert_eq!(after.digest, before.digest);
+    assert_eq!(text(&path.join("mine")), "mine");
+    // Also when there is no manifest any more.
+    site.agent.kill();
+    let good = std::fs::read(&record).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    site.delete_manifest("base").await;
+    site.restart_agent().await;
+    site.layer_says("work", "False", "MountFailed").await;
+    std::fs::write(&record, good).unwrap();
+    site.layer_says("work", "True", "Mounted").await;
+    site.delete_layer("work").await;
+    assert_eq!(site.store.layer_mounts(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn layers_wait_for_their_tree_come_back_after_a_reboot_and_wait_for_their_users() {
     let mut site = Site::start("reboots").await;
     site.agent.kill();

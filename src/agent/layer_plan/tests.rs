@@ -22,7 +22,7 @@ fn decide(observed: &Observed, placed: Option<Option<TreeDigest>>) -> Step {
         &ObjectKey::new("ns", "l"),
         observed,
         placed,
-        None,
+        Recorded::No,
         "store-1",
         false,
         false,
@@ -67,7 +67,7 @@ fn a_layer_keeps_the_tree_that_it_was_made_over_and_its_data() {
             &ObjectKey::new("ns", "l"),
             &observed,
             placed,
-            Some(&record),
+            Recorded::As(&record),
             "store-1",
             false,
             false,
@@ -105,7 +105,7 @@ fn a_deleted_layer_loses_its_finalizer_when_it_has_been_released_whatever_is_rec
             &ObjectKey::new("ns", "l"),
             observed,
             None,
-            None,
+            Recorded::Unknown,
             "store-1",
             true,
             released,
@@ -119,6 +119,34 @@ fn a_deleted_layer_loses_its_finalizer_when_it_has_been_released_whatever_is_rec
     assert_eq!(decide(&held, true), Step::Finalizers(&[]));
     assert_eq!(decide(&other, false), Step::Nothing);
     assert_eq!(decide(&other, true), Step::Nothing);
+}
+
+#[test]
+fn of_a_layer_that_was_made_here_the_disk_is_asked_before_it_is_made_over_another_tree() {
+    let tree = TreeDigest::from_bytes([7; 32]);
+    let [new, made] = [
+        json!({}),
+        json!({"status": {"observedGeneration": 1, "storeId": "store-1"}}),
+    ]
+    .map(observed);
+    let decide = |observed: &Observed, placed, recorded| {
+        let key = ObjectKey::new("ns", "l");
+        step(&key, observed, placed, recorded, "store-1", false, false)
+    };
+    let id = UID.parse().unwrap();
+    for placed in [Some(Some(tree)), Some(None), None] {
+        assert_eq!(
+            decide(&made, placed, Recorded::Unknown),
+            Step::Recall {
+                id: LayerId::clone(&id)
+            }
+        );
+        let (of_new, of_made) = (
+            decide(&new, placed, Recorded::Unknown),
+            decide(&made, placed, Recorded::No),
+        );
+        assert_eq!(of_new, of_made, "{placed:?}");
+    }
 }
 
 #[test]
