@@ -29,13 +29,18 @@ pub struct Observed {
 }
 
 impl Observed {
-    /// Reads an object.
+    /// Reads an object. Of one that is being deleted, only the metadata must decode: the rest is no matter for that.
     ///
     /// # Errors
     /// When it does not decode.
     pub fn of(object: Parsed<WritableLayer>) -> Result<Self, Invalid> {
-        let layer = object.object?;
         let metadata = object.metadata;
+        let layer = match object.object {
+            Err(_) if metadata.deletion_timestamp.is_some() => None,
+            layer => Some(layer?),
+        };
+        let (spec, status) = layer.map(|layer| (layer.spec, layer.status)).unzip();
+        let manifest = spec.as_ref().map(|spec| &*spec.manifest.name).unwrap_or_default();
         Ok(Self {
             uid: metadata.uid.unwrap_or_default(),
             resource_version: metadata.resource_version.unwrap_or_default(),
@@ -46,11 +51,11 @@ impl Observed {
                 .iter()
                 .flatten()
                 .any(|finalizer| finalizer == LAYER_FINALIZER),
-            manifest: ObjectKey::new(metadata.namespace.unwrap_or_default(), layer.spec.manifest.name),
-            mode: layer.spec.mode,
-            size: layer.spec.size_limit,
-            owner: layer.spec.owner,
-            status: layer.status.unwrap_or_default(),
+            manifest: ObjectKey::new(metadata.namespace.unwrap_or_default(), manifest),
+            mode: spec.as_ref().map(|spec| spec.mode).unwrap_or_default(),
+            owner: spec.as_ref().and_then(|spec| spec.owner),
+            size: spec.and_then(|spec| spec.size_limit),
+            status: status.flatten().unwrap_or_default(),
         })
     }
 

@@ -138,23 +138,31 @@ impl Inner {
             .filter(|mount| folders.iter().any(|folder| mount.point.parent() == Some(folder)))
             .filter_map(|mount| Some(mount.point.file_name()?.to_str()?.to_owned()))
             .collect();
-        self.remove_points(&folders, &stems)?;
+        // Most are needed, and there may be hundreds: only of the others it is looked who else shows them.
+        let (records, problems) = list(&self.root)?;
+        let needed: HashSet<String> = records
+            .iter()
+            .map(|record| self::stem(&record.tree, record.ids))
+            .collect();
+        let is_needed = |stem: &String| !problems.is_empty() || needed.contains(stem);
+        self.remove_points(&folders, &stems, &is_needed)?;
         let mut gone = 0;
         let now = Instant::now();
-        relock(&self.unused).retain(|stem, _| stems.contains(stem));
-        for stem in stems {
-            gone += self.trees.with(&stem, || -> Result<usize, Error> {
-                if self.is_used(&stem)? {
-                    relock(&self.unused).remove(&stem);
-                    return Ok(0);
-                }
-                let since = *relock(&self.unused).entry(stem.clone()).or_insert(now);
-                if now.duration_since(since) < for_at_least {
+        relock(&self.unused).retain(|stem, _| stems.contains(stem) && !is_needed(stem));
+        for stem in stems.iter().filter(|stem| !is_needed(stem)) {
+            let since = *relock(&self.unused).entry(stem.clone()).or_insert(now);
+            if now.duration_since(since) < for_at_least {
+                continue;
+            }
+            gone += self.trees.with(stem, || -> Result<usize, Error> {
+                // A layer of it may have come since.
+                if self.is_used(stem)? {
+                    relock(&self.unused).remove(stem);
                     return Ok(0);
                 }
                 let mut gone = 0;
                 let mounts = read_mounts()?;
-                let points = folders.iter().map(|folder| folder.join(&stem));
+                let points = folders.iter().map(|folder| folder.join(stem));
                 for point in points.filter(|point| top(&mounts, point).is_some()) {
                     // Somebody who has it open is waited for.
                     if !mount::detach_at(&point, false)? {
@@ -170,7 +178,12 @@ impl Inner {
     }
 
     /// Removes the folders on which nothing is mounted any more since a reboot, for trees that nobody needs.
-    fn remove_points(&self, folders: &[PathBuf], mounted: &HashSet<String>) -> Result<(), Error> {
+    fn remove_points(
+        &self,
+        folders: &[PathBuf],
+        mounted: &HashSet<String>,
+        is_needed: &dyn Fn(&String) -> bool,
+    ) -> Result<(), Error> {
         let mut left = HashSet::new();
         for folder in folders {
             let entries = match fs::read_dir(folder) {
@@ -181,7 +194,7 @@ impl Inner {
                 left.extend(entry.context("list", folder)?.file_name().into_string());
             }
         }
-        for stem in left.difference(mounted) {
+        for stem in left.difference(mounted).filter(|stem| !is_needed(stem)) {
             self.trees.with(stem, || -> Result<(), Error> {
                 if self.is_used(stem)? {
                     return Ok(());

@@ -150,6 +150,27 @@ fn of_a_layer_that_was_made_here_the_disk_is_asked_before_it_is_made_over_anothe
 }
 
 #[test]
+fn a_layer_that_does_not_decode_can_be_deleted() {
+    let object = |deleting: bool| -> Parsed<WritableLayer> {
+        let mut object = json!({
+            "metadata": {"name": "l", "namespace": "ns", "uid": UID, "finalizers": ["larder.dev/layer"]},
+            "spec": {"manifest": {"name": "m"}, "nodeName": "n", "mode": "Unheard"}
+        });
+        if deleting {
+            object["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+        }
+        serde_json::from_value(object).unwrap()
+    };
+    assert_eq!(Observed::of(object(false)).unwrap_err().field, "spec.mode");
+    let observed = Observed::of(object(true)).unwrap();
+    let key = ObjectKey::new("ns", "l");
+    let decide = |released| step(&key, &observed, None, Recorded::Unknown, "store-1", false, released);
+    let id = UID.parse().unwrap();
+    assert_eq!(decide(false), Step::Release { id, detach: false });
+    assert_eq!(decide(true), Step::Finalizers(&[]));
+}
+
+#[test]
 fn a_bad_size_that_is_stored_is_named() {
     let Step::Say(outcome) = decide(&observed(json!({"spec": {"sizeLimit": {"a": 1}}})), Some(None)) else {
         panic!()
