@@ -342,10 +342,15 @@ fn print_images(found: &ImageVerification, io: &mut Io) -> Result<(), Failure> {
             false => "",
         };
         let tree = bad.tree.hex();
-        io.line(&format!(
-            "the image of {} was damaged and is replaced{mounted}",
-            short(&tree)
-        ))?;
+        let what = match (&bad.entry, bad.mounted) {
+            (None, _) => format!("the image of {} was damaged and is replaced", short(&tree)),
+            (Some(entry), false) => format!("the copy of {} was damaged, at {entry:?}, and is removed", short(&tree)),
+            (Some(entry), true) => format!(
+                "the copy of {} is damaged, at {entry:?}, and goes with a verify after its layers",
+                short(&tree)
+            ),
+        };
+        io.line(&format!("{what}{mounted}"))?;
     }
     rest(found.bad.len(), io)?;
     for problem in found.passed_over.iter().take(ROWS) {

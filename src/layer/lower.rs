@@ -9,13 +9,15 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Gid, Mode, Timespec, Timestamps, Uid};
+use rustix::fs::{Gid, Mode, OFlags, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
 use super::Error;
+use super::copies::{self, Compared};
 use super::error::IoContext;
 use super::mount::open_folder;
 use super::record::sync_folder;
+use super::xattrs::Buffers;
 use crate::store::tree::{LeafKind, Meta, Node, Tree};
 use crate::store::{Store, TreeDigest};
 
@@ -51,6 +53,36 @@ pub(super) fn ensure(store: &Store, digest: &TreeDigest, ids: Option<(u32, u32)>
     open_folder(&path)
 }
 
+/// Compares the copy of a tree with what it should be; `None` if there is none. `wait` as in [`copies::compare`].
+pub(super) fn compare(
+    store: &Store,
+    digest: &TreeDigest,
+    ids: Option<(u32, u32)>,
+    wait: &mut dyn FnMut(u64) -> bool,
+) -> Result<Option<Compared>, Error> {
+    let path = path(store, digest, ids);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let folder = match rustix::fs::open(&path, flags, Mode::empty()) {
+        Err(Errno::NOENT) => return Ok(None),
+        folder => folder.context("open", &path)?,
+    };
+    let mut tree = store.load(digest)?;
+    escape(&mut tree);
+    if let Some(ids) = ids {
+        own(&mut tree, ids);
+    }
+    copies::compare(folder, &tree, wait).map(Some).context("walk", &path)
+}
+
+/// Takes the copy of a tree away. The caller has seen that nobody uses it.
+pub(super) fn discard(store: &Store, digest: &TreeDigest, ids: Option<(u32, u32)>) -> Result<(), Error> {
+    let path = path(store, digest, ids);
+    // In one step: half of a copy would be taken for a whole one.
+    let scratch = store.scratch()?;
+    fs::rename(&path, scratch.path().join("tree")).context("take away", &path)?;
+    sync_folder(&store.images_dir())
+}
+
 /// Gives `upper` the owner, mode, extended attributes and modification time of `lower`, so that the root of the merged
 /// view equals the root of the tree.
 pub(super) fn copy_root(lower: &Path, upper: &Path) -> Result<(), Error> {
@@ -76,20 +108,9 @@ pub(super) fn copy_root(lower: &Path, upper: &Path) -> Result<(), Error> {
 }
 
 fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>, lower: &Path, upper: &Path) -> Result<(), Error> {
-    // The kernel's limits on a list of names and on a value (xattr(7)).
-    let mut names = vec![0; 65536];
-    let mut value = vec![0; 65536];
-    let length = match rustix::fs::flistxattr(from, &mut names[..]) {
-        Ok(length) => length,
-        Err(Errno::NOTSUP) => 0,
-        Err(e) => return Err(Error::io("list the attributes of", lower, e.into())),
-    };
-    for name in names[..length].split(|b| *b == 0).filter(|name| !name.is_empty()) {
-        if name == b"security.selinux" {
-            continue;
-        }
-        let length = rustix::fs::fgetxattr(from, name, &mut value[..]).context("read an attribute of", lower)?;
-        rustix::fs::fsetxattr(to, name, &value[..length], rustix::fs::XattrFlags::empty())
+    let xattrs = Buffers::new().of(from).context("read the attributes of", lower)?;
+    for (name, value) in xattrs {
+        rustix::fs::fsetxattr(to, &*name, &value, rustix::fs::XattrFlags::empty())
             .context("set an attribute of", upper)?;
     }
     Ok(())
@@ -166,6 +187,6 @@ fn existing(path: &Path) -> Result<Option<OwnedFd>, Error> {
 }
 
 fn open_for_sync(path: &Path) -> Result<OwnedFd, Error> {
-    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     rustix::fs::open(path, flags, Mode::empty()).context("open", path)
 }

@@ -25,6 +25,7 @@
 //! All calls block.
 
 mod check;
+mod copies;
 pub(crate) mod descent;
 mod disk;
 mod erofs;
@@ -45,6 +46,7 @@ mod shared;
 mod upper;
 mod used;
 mod verify;
+pub(crate) mod xattrs;
 
 use std::collections::HashMap;
 use std::fs;
@@ -279,12 +281,13 @@ impl Layers {
         self.0.unmount_unused(for_at_least)
     }
 
-    /// Compares every image of a tree with what the tree gives, byte by byte, and replaces those that differ. Takes about
-    /// as long as making them; layers that are prepared meanwhile wait for the image of their tree only. `rate`: bytes per
-    /// second, of images that are made and that are read, in the mean: one is made in one go.
+    /// Compares every image of a tree with what the tree gives, byte by byte, and replaces those that differ. Likewise every
+    /// copy of a tree (the road [`Road::Copy`]), entry by entry; one that differs is removed, to be made again when it is
+    /// needed. Takes about as long as making images and reading copies; layers that are prepared meanwhile wait for the image
+    /// or copy of their tree only. `rate`: bytes per second, of images that are made and of what is read, in the mean: an
+    /// image is made in one go.
     ///
-    /// After `cancel` is set it ends soon, at the latest when the image under way is made. Copies of trees (the road
-    /// [`Road::Copy`]) are not compared.
+    /// After `cancel` is set it ends soon, at the latest when the image under way is made.
     pub fn verify_images(&self, rate: Option<NonZeroU64>, cancel: &AtomicBool) -> Result<ImageVerification, Error> {
         self.0.verify_images(rate, cancel)
     }

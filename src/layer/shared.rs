@@ -24,7 +24,7 @@ use super::{Error, Inner, LayerRecord, SOURCE_PREFIX, image, inuse, list, lower,
 use crate::store::TreeDigest;
 
 pub(super) const IMAGES: &str = "images";
-const TREES: &str = "trees";
+pub(super) const TREES: &str = "trees";
 /// An overlay without an upper wants two lower folders: the second has nothing in it.
 const EMPTY: &str = "empty";
 
@@ -213,7 +213,7 @@ impl Inner {
     }
 
     /// Is there a layer over this tree, or another mount that shows it, in whatever namespace? Call with its lock held.
-    fn is_used(&self, stem: &str) -> Result<bool, Error> {
+    pub(super) fn is_used(&self, stem: &str) -> Result<bool, Error> {
         let (records, problems) = list(&self.root)?;
         let stands_on_it = |record: &LayerRecord| self::stem(&record.tree, record.ids) == stem;
         // A record that cannot be read may be of a layer over it.

@@ -1,4 +1,5 @@
-//! Are the images of trees what their trees give? One that is not is replaced: it is a cache, and can be made again.
+//! Are the images and copies of trees what their trees give? One that is not is replaced, or removed: it is a cache, and can
+//! be made again.
 
 use std::fs;
 use std::num::NonZeroU64;
@@ -9,17 +10,17 @@ use serde::Serialize;
 
 use super::error::IoContext;
 use super::life::{read_mounts, top};
-use super::shared::{IMAGES, parts_of};
-use super::{Error, Inner, image};
+use super::shared::{IMAGES, TREES, parts_of};
+use super::{Error, Inner, copies, image, lower};
 use crate::store::{Pace, Problem, TreeDigest};
 
-/// What was found of the images.
+/// What was found of the images, and of the copies that stand for them on the road [`Road::Copy`](super::Road::Copy).
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
 pub struct ImageVerification {
     /// How many were compared.
     pub images: u64,
-    /// Those that were other ones than their trees give. Right ones are in their places.
+    /// Those that were other ones than their trees give. Right images are in their places, and copies are gone.
     pub bad: Vec<BadImage>,
     /// Those that could not be compared, with why: their trees' manifests are damaged, or there is no room on the disk.
     pub passed_over: Vec<Problem>,
@@ -31,8 +32,12 @@ pub struct ImageVerification {
 pub struct BadImage {
     pub path: PathBuf,
     pub tree: TreeDigest,
-    /// The damaged one is mounted, and stays so until no layer stands on it: what layers of the tree show may be wrong.
+    /// The damaged one is mounted, and stays so until no layer stands on it: what layers of the tree show may be wrong. A
+    /// copy is then still there.
     pub mounted: bool,
+    /// Of a copy, the first entry that differs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub entry: Option<String>,
 }
 
 enum Compared {
@@ -58,20 +63,31 @@ impl Inner {
         let mut names = Vec::new();
         for entry in fs::read_dir(&folder).context("list", &folder)? {
             let name = entry.context("list", &folder)?.file_name();
-            let stem = name.to_str().and_then(|name| name.strip_suffix(".erofs"));
-            if let Some((stem, (tree, ids))) = stem.and_then(|stem| Some((stem, parts_of(stem)?))) {
-                names.push((stem.to_owned(), tree, ids));
+            let Some((stem, kind)) = name.to_str().and_then(|name| name.rsplit_once('.')) else {
+                continue;
+            };
+            let is_copy = match kind {
+                "erofs" => false,
+                "tree" => true,
+                _ => continue,
+            };
+            if let Some((tree, ids)) = parts_of(stem) {
+                names.push((stem.to_owned(), is_copy, tree, ids));
             }
         }
         names.sort();
         let mut found = ImageVerification::default();
         let mut pace = Pace::new(rate);
-        for (stem, tree, ids) in names {
+        for (stem, is_copy, tree, ids) in names {
             if cancel.load(Ordering::Relaxed) {
                 break;
             }
             let verified = self.trees.with(&stem, || {
-                self.verify_image(&stem, tree, ids, &mut |bytes| pace.wait(bytes, cancel))
+                let mut wait = |bytes| pace.wait(bytes, cancel);
+                match is_copy {
+                    false => self.verify_image(&stem, tree, ids, &mut wait),
+                    true => self.verify_copy(&stem, tree, ids, &mut wait),
+                }
             });
             match verified {
                 Ok(Compared::Alike) => found.images += 1,
@@ -83,7 +99,10 @@ impl Inner {
                 // A tree without a whole manifest, a disk without room: what was found besides is told all the same. A
                 // collection may have taken the image with its tree.
                 Err(error) => {
-                    let path = image::path(&self.store, &tree, ids);
+                    let path = match is_copy {
+                        false => image::path(&self.store, &tree, ids),
+                        true => lower::path(&self.store, &tree, ids),
+                    };
                     if fs::symlink_metadata(&path).is_ok() {
                         found.passed_over.push(Problem {
                             path: path.display().to_string(),
@@ -116,7 +135,36 @@ impl Inner {
                 path: image::path(&self.store, &tree, ids),
                 tree,
                 mounted,
+                entry: None,
             }),
         })
+    }
+
+    /// Compares one copy, and removes it if it is another tree and nobody uses it. Call with its lock held.
+    fn verify_copy(
+        &self,
+        stem: &str,
+        tree: TreeDigest,
+        ids: Option<(u32, u32)>,
+        wait: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Compared, Error> {
+        let _hold = self.store.hold(&tree)?;
+        let entry = match lower::compare(&self.store, &tree, ids, wait)? {
+            None | Some(copies::Compared::Alike) => return Ok(Compared::Alike),
+            Some(copies::Compared::Cancelled) => return Ok(Compared::Cancelled),
+            Some(copies::Compared::Differs(path)) => path,
+        };
+        // Its view stays mounted for a while when no layer is left.
+        let view = self.root.join("mnt").join(TREES).join(stem);
+        let mounted = self.is_used(stem)? || top(&read_mounts()?, &view).is_some();
+        if !mounted {
+            lower::discard(&self.store, &tree, ids)?;
+        }
+        Ok(Compared::Bad(BadImage {
+            path: lower::path(&self.store, &tree, ids),
+            tree,
+            mounted,
+            entry: Some(String::from_utf8_lossy(&entry).into_owned()),
+        }))
     }
 }

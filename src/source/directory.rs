@@ -14,7 +14,7 @@ use super::error::{Error, FailureKind};
 use super::read::{Place, Reading, Rules, read};
 use super::roots::SourceDir;
 use super::unchanged::{Known, Seen};
-use super::xattrs::Xattrs;
+use crate::layer::xattrs::Xattrs;
 use crate::store::tree::{DirId, LeafKind, Meta, Tree};
 use crate::store::{self, Build, Publish, Revision, Store};
 

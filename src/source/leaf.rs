@@ -11,9 +11,9 @@ use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, readlinkat, statat};
 use rustix::io::Errno;
 
 use super::error::FailureKind;
-use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::open_beneath;
-use crate::store::tree::{Leaf, LeafKind, Meta};
+use crate::layer::xattrs::{Buffers, Xattrs, meta};
+use crate::store::tree::{Leaf, LeafKind};
 use crate::store::{self, Build};
 
 /// How often an entry that changes while it is read is read again, and the first pause before that.
@@ -242,14 +242,4 @@ pub(super) fn file_type(stat: &Stat) -> FileType {
 /// Major and minor number of a device.
 pub(super) fn device(stat: &Stat) -> (u32, u32) {
     (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev))
-}
-
-pub(super) fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
-    Meta {
-        mode: (stat.st_mode & 0o7777) as u16,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
-        xattrs,
-    }
 }

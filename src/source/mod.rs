@@ -20,7 +20,6 @@ mod snapshot;
 #[cfg(test)]
 mod tests;
 mod unchanged;
-mod xattrs;
 
 #[cfg(any(test, fuzzing))]
 pub use directory::check_globs;

@@ -16,10 +16,10 @@ use rustix::fs::{AtFlags, FileType, OFlags, Stat, fstat, statat};
 use rustix::io::Errno;
 
 use super::error::{Error, FailureKind, Failures};
-use super::leaf::{self, Trouble, Way, device, file_type, let_settle, meta, same};
+use super::leaf::{self, Trouble, Way, device, file_type, let_settle, same};
 use super::unchanged::{Known, Marks};
-use super::xattrs::{Buffers, Xattrs};
 use crate::layer::descent::{Descent, names, open_beneath};
+use crate::layer::xattrs::{Buffers, Xattrs, meta};
 use crate::store::tree::{DirId, Entry, Leaf, LeafId, LeafKind, Meta, Tree};
 use crate::store::{self, Build};
 

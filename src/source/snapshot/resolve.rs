@@ -19,9 +19,9 @@
 use rustix::fs::{FileType, Stat};
 
 use crate::layer::unescape;
+use crate::layer::xattrs::Xattrs;
 use crate::source::error::{FailureKind, shown};
 use crate::source::read::{Place, Rules};
-use crate::source::xattrs::Xattrs;
 use crate::store::tree::{Dir, DirId, LeafKind, Meta, Node, Tree};
 
 const OPAQUE: &str = "trusted.overlay.opaque";

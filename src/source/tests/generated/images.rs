@@ -234,6 +234,7 @@ fn a_verification_finds_any_byte_of_an_image_that_is_another() {
             path: path.clone(),
             tree,
             mounted: false,
+            entry: None,
         };
         assert_eq!((found.images, &found.bad[..]), (1, &[bad][..]), "byte {at}");
         assert!(found.is_sound() && fs::read(&path).unwrap() == whole);
@@ -257,6 +258,103 @@ fn a_verification_finds_any_byte_of_an_image_that_is_another() {
     let found = verify();
     assert_eq!((found.images, found.passed_over.len()), (0, 1), "{found:?}");
     assert!(found.passed_over[0].message.contains(&tree.to_string()), "{found:?}");
+}
+
+#[test]
+fn a_verification_finds_anything_of_a_copy_that_is_another() {
+    use std::os::unix::fs::{chown, symlink};
+    let images = Images::new(64, &["-m0", "-b4096"], Road::Copy);
+    let source = images.source();
+    fs::create_dir(source.join("folder")).unwrap();
+    for name in ["file", "folder/one", "folder/two"] {
+        fs::write(source.join(name), name).unwrap();
+    }
+    fs::hard_link(source.join("folder/one"), source.join("folder/same")).unwrap();
+    symlink("file", source.join("link")).unwrap();
+    let (made, tree) = (look(&source), take(&images.store, &source).digest().unwrap());
+    let cancel = AtomicBool::new(false);
+    let verify = || images.layers.verify_images(None, &cancel).unwrap();
+    let sound = layer::ImageVerification {
+        images: 1,
+        ..Default::default()
+    };
+    let keep_time = |path: &Path, change: &dyn Fn(&Path)| {
+        let modified = path.metadata().unwrap().modified().unwrap();
+        change(path);
+        fs::File::open(path).unwrap().set_modified(modified).unwrap();
+    };
+    // Each in a folder whose time stays, so that nothing but the change is seen.
+    type Damage<'a> = (&'a str, &'a dyn Fn(&Path));
+    let damages: [Damage; 9] = [
+        ("file", &|at| {
+            keep_time(&at.join("file"), &|file| fs::write(file, "filf").unwrap())
+        }),
+        ("file", &|at| {
+            fs::File::open(at.join("file"))
+                .unwrap()
+                .set_modified(SystemTime::now())
+                .unwrap()
+        }),
+        ("folder/two", &|at| {
+            fs::set_permissions(at.join("folder/two"), fs::Permissions::from_mode(0o600)).unwrap()
+        }),
+        ("folder/two", &|at| chown(at.join("folder/two"), Some(1), None).unwrap()),
+        ("folder/one", &|at| {
+            rustix::fs::setxattr(at.join("folder/one"), "user.x", b"y", rustix::fs::XattrFlags::empty()).unwrap();
+        }),
+        ("folder", &|at| {
+            keep_time(&at.join("folder"), &|folder| {
+                fs::write(folder.join("zero"), "").unwrap()
+            })
+        }),
+        ("folder", &|at| {
+            keep_time(&at.join("folder"), &|folder| {
+                fs::remove_file(folder.join("two")).unwrap()
+            })
+        }),
+        ("folder/one", &|at| {
+            keep_time(&at.join("folder"), &|folder| {
+                let (same, modified) = (
+                    folder.join("same"),
+                    folder.join("one").metadata().unwrap().modified().unwrap(),
+                );
+                fs::remove_file(&same).unwrap();
+                fs::write(&same, "folder/one").unwrap();
+                fs::File::open(&same).unwrap().set_modified(modified).unwrap();
+            });
+        }),
+        ("link", &|at| {
+            keep_time(at, &|root| {
+                fs::remove_file(root.join("link")).unwrap();
+                symlink("filf", root.join("link")).unwrap();
+            });
+        }),
+    ];
+    for (entry, damage) in damages {
+        images.show(&tree, None, |path| assert_alike(&made, &look(path), entry));
+        assert_eq!(verify(), sound, "before {entry}");
+        let copy = images.image();
+        damage(&copy);
+        let found = verify();
+        let bad = layer::BadImage {
+            path: copy.clone(),
+            tree,
+            mounted: false,
+            entry: Some(entry.to_owned()),
+        };
+        assert_eq!((found.images, &found.bad[..]), (1, &[bad][..]));
+        assert!(found.is_sound() && !copy.exists());
+    }
+    // With an owner of its own, and while a layer stands on it.
+    images.show(&tree, Some(OWNER), |_| {
+        assert_eq!(verify(), sound);
+        let copy = images.image();
+        fs::set_permissions(copy.join("file"), fs::Permissions::from_mode(0o600)).unwrap();
+        let found = verify();
+        assert!(found.bad[0].mounted && !found.is_sound() && copy.exists(), "{found:?}");
+    });
+    assert!(!verify().bad[0].mounted);
+    assert_eq!(verify(), layer::ImageVerification::default());
 }
 
 #[test]

@@ -1,9 +1,11 @@
-//! Extended attributes of anything, without opening what must not be opened.
+//! Metadata of anything, its extended attributes too, without opening what must not be opened.
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use rustix::fs::{fgetxattr, flistxattr, getxattr, listxattr};
+use rustix::fs::{Stat, fgetxattr, flistxattr, getxattr, listxattr};
 use rustix::io::Errno;
+
+use crate::store::tree::Meta;
 
 /// The kernel's limit for a list of names and for a value (xattr(7)).
 const LIMIT: usize = 65536;
@@ -11,10 +13,21 @@ const LIMIT: usize = 65536;
 /// SELinux labels belong to the node's policy, not to the tree.
 const NOT_KEPT: &[u8] = b"security.selinux";
 
-pub(super) type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+pub(crate) type Xattrs = Vec<(Box<[u8]>, Box<[u8]>)>;
+
+/// What a tree keeps of an inode with this status and these attributes.
+pub(crate) fn meta(stat: &Stat, xattrs: Xattrs) -> Meta {
+    Meta {
+        mode: (stat.st_mode & 0o7777) as u16,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime: (stat.st_mtime, stat.st_mtime_nsec as u32),
+        xattrs,
+    }
+}
 
 /// Buffers to read attributes into, for one thread.
-pub(super) struct Buffers {
+pub(crate) struct Buffers {
     names: Vec<u8>,
     value: Vec<u8>,
 }
