@@ -90,7 +90,7 @@ pub enum FailureKind {
     MountPoint,
     /// It is the store itself.
     Store,
-    /// A file of more bytes than the store's disk has in all. If it is a sparse one, its zeros would be read for hours.
+    /// A sparse file of more bytes than the store's disk has in all.
     TooLarge { size: u64, disk: u64 },
     /// An attribute of overlayfs that has a value or a place which larder's mounts don't make.
     Overlay { attribute: String },
@@ -112,7 +112,7 @@ impl fmt::Display for Failure {
             FailureKind::TooLarge { size, disk } => {
                 write!(
                     f,
-                    "it is {size} bytes long, and the store's disk has {disk} in all: exclude it"
+                    "a sparse file of {size} bytes, and the store's disk has {disk} in all: exclude it"
                 )
             }
             FailureKind::Overlay { attribute } => write!(

@@ -69,7 +69,7 @@ pub(super) struct Way<'a> {
     /// A file that was changed a shorter time ago is left alone once until then. A write moves the file's times first
     /// and then its bytes, so that one that is under way is not to be seen from the times.
     pub settle: Duration,
-    /// Bytes of the largest file that is read.
+    /// Bytes of the largest sparse file that is read: its zeros cost nobody a disk, and would be read for hours.
     pub most: u64,
 }
 
@@ -199,7 +199,9 @@ fn read_file(
 
 fn put(file: &File, before: &Stat, way: &Way<'_>) -> Result<LeafKind, Trouble> {
     let size = u64::try_from(before.st_size).unwrap_or(0);
-    if size > way.most {
+    // What has its bytes fills the disk soon enough, and that is told then.
+    let is_sparse = (before.st_blocks.max(0) as u64).saturating_mul(512) < size;
+    if is_sparse && size > way.most {
         return Err(Trouble::Kind(FailureKind::TooLarge { size, disk: way.most }));
     }
     let blob = way

@@ -148,7 +148,7 @@ struct Walk<'a> {
     pending: Vec<Pending>,
     buffers: Buffers,
     order: u64,
-    /// Bytes of the largest file that is read.
+    /// As [`Way::most`].
     most: u64,
     /// For large files, once there is one: everything else that goes on in this process would wait for them.
     threads: Option<ThreadPool>,
