@@ -26,6 +26,8 @@ pub struct Observed {
     pub size: Option<Size>,
     pub owner: Option<Owner>,
     pub status: WritableLayerStatus,
+    /// Whether its status is known, to be compared with and written over.
+    pub decodes: bool,
 }
 
 impl Observed {
@@ -39,6 +41,7 @@ impl Observed {
             Err(_) if metadata.deletion_timestamp.is_some() => None,
             layer => Some(layer?),
         };
+        let decodes = layer.is_some();
         let (spec, status) = layer.map(|layer| (layer.spec, layer.status)).unzip();
         let manifest = spec.as_ref().map(|spec| &*spec.manifest.name).unwrap_or_default();
         Ok(Self {
@@ -56,6 +59,7 @@ impl Observed {
             owner: spec.as_ref().and_then(|spec| spec.owner),
             size: spec.and_then(|spec| spec.size_limit),
             status: status.flatten().unwrap_or_default(),
+            decodes,
         })
     }
 

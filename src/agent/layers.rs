@@ -436,7 +436,9 @@ impl Keeper {
         let Some(entry) = self.entries.get_mut(key) else {
             return later;
         };
-        let Some(outcome) = entry.outcome.as_ref().filter(|_| !entry.writing) else {
+        // What does not decode has a status that is not known here; the controller says why.
+        let may_write = entry.observed.decodes && !entry.writing;
+        let Some(outcome) = entry.outcome.as_ref().filter(|_| may_write) else {
             return later;
         };
         let status = outcome.status(&entry.observed, self.start.layers.store().id(), Timestamp::now());

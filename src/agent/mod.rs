@@ -82,7 +82,6 @@ pub enum Error {
 /// What was found on the disk.
 struct Disk {
     builder: Builder,
-    /// How layers are made here; `None` if they cannot be.
     spec: Option<saved::SavedSpec>,
     memory: retention::Memory,
     refs: BTreeMap<ObjectKey, Ref>,

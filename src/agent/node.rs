@@ -494,6 +494,10 @@ impl Node {
         self.counted(usage);
         self.refs_changed(now);
         self.jobs.remove(&goal.uid);
+        let before = self
+            .refs
+            .get(&key)
+            .and_then(|stored| Some(stored.current.as_ref()?.digest));
         if let Some(stored) = stored {
             let former = self.refs.insert(key.clone(), stored);
             // What is known of the name is about another manifest.
@@ -507,7 +511,11 @@ impl Node {
             Ok(()) => {
                 let tree = self.refs.get(&key).and_then(|stored| stored.current.as_ref());
                 let digest = tree.map(|tree| tree.digest.to_string()).unwrap_or_default();
-                let (files, bytes, added) = tree.map_or((0, 0, 0), |tree| (tree.files, tree.size, tree.added));
+                let (files, bytes) = tree.map_or((0, 0), |tree| (tree.files, tree.size));
+                // An equal tree keeps what its first build added.
+                let added = tree
+                    .filter(|tree| Some(tree.digest) != before)
+                    .map_or(0, |tree| tree.added);
                 info!(manifest = %key, node = self.node, digest, files, bytes, ms = took.as_millis() as u64, "stored");
                 self.health.metrics().builds.inc();
                 if snapshot {

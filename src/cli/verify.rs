@@ -178,9 +178,11 @@ impl Verify {
         }
         if found.is_sound() {
             let failure = Failure::new(Exit::No, "layers show a damaged image of their tree");
-            return Err(failure.hint(
-                "a right one is in its place: unmount the layers of the tree, and when the last one is gone mount them again",
-            ));
+            let is_copy = images.bad.iter().any(|bad| bad.mounted && bad.entry.is_some());
+            return Err(failure.hint(match is_copy {
+                true => "take snapshots of what must be kept, delete the layers of the tree, and verify again: that removes a damaged copy",
+                false => "a right one is in its place: unmount the layers of the tree, and when the last one is gone mount them again",
+            }));
         }
         let failure = Failure::new(Exit::No, "the store is damaged");
         Err(failure.hint(
@@ -337,20 +339,19 @@ fn print_images(found: &ImageVerification, io: &mut Io) -> Result<(), Failure> {
         ))?;
     }
     for bad in found.bad.iter().take(ROWS) {
-        let mounted = match bad.mounted {
-            true => ", but it is mounted, and layers show it until the last of them is unmounted",
-            false => "",
-        };
         let tree = bad.tree.hex();
-        let what = match (&bad.entry, bad.mounted) {
-            (None, _) => format!("the image of {} was damaged and is replaced", short(&tree)),
-            (Some(entry), false) => format!("the copy of {} was damaged, at {entry:?}, and is removed", short(&tree)),
-            (Some(entry), true) => format!(
-                "the copy of {} is damaged, at {entry:?}, and goes with a verify after its layers",
-                short(&tree)
+        let tree = short(&tree);
+        io.line(&match (&bad.entry, bad.mounted) {
+            (None, false) => format!("the image of {tree} was damaged and is replaced"),
+            (None, true) => format!(
+                "the image of {tree} was damaged and is replaced, but it is mounted, and layers show it until the last of them is \
+                 unmounted"
             ),
-        };
-        io.line(&format!("{what}{mounted}"))?;
+            (Some(entry), false) => format!("the copy of {tree} was damaged, at {entry:?}, and is removed"),
+            (Some(entry), true) => {
+                format!("the copy of {tree} is damaged, at {entry:?}, and stays as long as there are layers of the tree")
+            }
+        })?;
     }
     rest(found.bad.len(), io)?;
     for problem in found.passed_over.iter().take(ROWS) {

@@ -25,8 +25,6 @@ pub fn plan(index: &Index, key: &ObjectKey, now: Timestamp) -> LayerPlan {
         return LayerPlan::Keep;
     };
     let verdict = match (&layer.invalid, &layer.node) {
-        // Its agent needs no more than its metadata.
-        (Some(_), _) if layer.meta.deleting => return LayerPlan::Keep,
         (Some(invalid), _) => Verdict::Stalled {
             reason: reasons::INVALID_SPEC,
             message: invalid.to_string(),

@@ -53,13 +53,14 @@ pub(super) fn ensure(store: &Store, digest: &TreeDigest, ids: Option<(u32, u32)>
     open_folder(&path)
 }
 
-/// Compares the copy of a tree with what it should be; `None` if there is none. `wait` as in [`copies::compare`].
+/// Compares the copy of a tree with what it should be; `None` if there is none. `wait` as in [`copies::compare`]. With it comes
+/// the folder that was compared, as nobody else keeps it in its place meanwhile.
 pub(super) fn compare(
     store: &Store,
     digest: &TreeDigest,
     ids: Option<(u32, u32)>,
     wait: &mut dyn FnMut(u64) -> bool,
-) -> Result<Option<Compared>, Error> {
+) -> Result<Option<(Compared, OwnedFd)>, Error> {
     let path = path(store, digest, ids);
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let folder = match rustix::fs::open(&path, flags, Mode::empty()) {
@@ -71,12 +72,25 @@ pub(super) fn compare(
     if let Some(ids) = ids {
         own(&mut tree, ids);
     }
-    copies::compare(folder, &tree, wait).map(Some).context("walk", &path)
+    let compared = folder.try_clone().and_then(|root| copies::compare(root, &tree, wait));
+    Ok(Some((compared.context("walk", &path)?, folder)))
 }
 
-/// Takes the copy of a tree away. The caller has seen that nobody uses it.
-pub(super) fn discard(store: &Store, digest: &TreeDigest, ids: Option<(u32, u32)>) -> Result<(), Error> {
+/// Takes the copy of a tree away, if it is still this folder. The caller has seen that nobody uses it.
+pub(super) fn discard(
+    store: &Store,
+    digest: &TreeDigest,
+    ids: Option<(u32, u32)>,
+    copy: &OwnedFd,
+) -> Result<(), Error> {
     let path = path(store, digest, ids);
+    let seen = rustix::fs::fstat(copy).context("look at", &path)?;
+    match rustix::fs::lstat(&path) {
+        Ok(there) if (there.st_dev, there.st_ino) == (seen.st_dev, seen.st_ino) => {}
+        // It has gone meanwhile, and perhaps another one was made.
+        Ok(_) | Err(Errno::NOENT) => return Ok(()),
+        Err(error) => return Err(Error::io("look at", &path, error.into())),
+    }
     // In one step: half of a copy would be taken for a whole one.
     let scratch = store.scratch()?;
     fs::rename(&path, scratch.path().join("tree")).context("take away", &path)?;

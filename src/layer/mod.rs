@@ -72,9 +72,10 @@ use crate::store::{Held, HeldTree, Hold, Holders, Problem, Store, TreeDigest};
 /// Mountinfo's source of every mount that shows a tree: this, and the tree's digest.
 pub const SOURCE_PREFIX: &str = "larder:";
 
-/// How often, and after what pause, something busy that nobody is seen to use is tried again.
 /// A disk that was full is so until it has this much more than is reserved, or it would be told again and again.
 const HARDLY: u64 = 256 << 20;
+
+/// How often, and after what pause, something busy that nobody is seen to use is tried again.
 const TRIES: u32 = 5;
 const PAUSE: Duration = Duration::from_millis(20);
 

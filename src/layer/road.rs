@@ -80,7 +80,13 @@ pub(super) fn find(store: &Store, mounts: &Path, forced: Option<Road>) -> Result
             Err(error) => closed.push((road, error)),
         }
     }
-    try_out(store, mounts, last)?;
+    try_out(store, mounts, last).map_err(|error| match (forced, error) {
+        (None, error) | (_, error @ Error::Probe { .. }) => error,
+        (Some(road), error) => Error::Probe {
+            road,
+            message: format!("--layer-road forces it, and {error}"),
+        },
+    })?;
     Ok(Found { road: last, closed })
 }
 

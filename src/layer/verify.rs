@@ -33,7 +33,7 @@ pub struct BadImage {
     pub path: PathBuf,
     pub tree: TreeDigest,
     /// The damaged one is mounted, and stays so until no layer stands on it: what layers of the tree show may be wrong. A
-    /// copy is then still there.
+    /// copy is then still there, also when its layers are not mounted, for only their end lets it be removed.
     pub mounted: bool,
     /// Of a copy, the first entry that differs.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,13 +82,13 @@ impl Inner {
             if cancel.load(Ordering::Relaxed) {
                 break;
             }
-            let verified = self.trees.with(&stem, || {
-                let mut wait = |bytes| pace.wait(bytes, cancel);
-                match is_copy {
-                    false => self.verify_image(&stem, tree, ids, &mut wait),
-                    true => self.verify_copy(&stem, tree, ids, &mut wait),
-                }
-            });
+            let mut wait = |bytes| pace.wait(bytes, cancel);
+            let verified = match is_copy {
+                false => self
+                    .trees
+                    .with(&stem, || self.verify_image(&stem, tree, ids, &mut wait)),
+                true => self.verify_copy(&stem, tree, ids, &mut wait),
+            };
             match verified {
                 Ok(Compared::Alike) => found.images += 1,
                 Ok(Compared::Bad(bad)) => {
@@ -140,26 +140,30 @@ impl Inner {
         })
     }
 
-    /// Compares one copy, and removes it if it is another tree and nobody uses it. Call with its lock held.
+    /// Compares one copy, and removes it if it is another tree and nobody uses it. That may take long, and is done without its
+    /// lock: nobody writes to a copy, and no collection takes one whose tree is held.
     fn verify_copy(
         &self,
-        stem: &str,
+        stem: &String,
         tree: TreeDigest,
         ids: Option<(u32, u32)>,
         wait: &mut dyn FnMut(u64) -> bool,
     ) -> Result<Compared, Error> {
         let _hold = self.store.hold(&tree)?;
-        let entry = match lower::compare(&self.store, &tree, ids, wait)? {
-            None | Some(copies::Compared::Alike) => return Ok(Compared::Alike),
-            Some(copies::Compared::Cancelled) => return Ok(Compared::Cancelled),
-            Some(copies::Compared::Differs(path)) => path,
+        let (entry, copy) = match lower::compare(&self.store, &tree, ids, wait)? {
+            None | Some((copies::Compared::Alike, _)) => return Ok(Compared::Alike),
+            Some((copies::Compared::Cancelled, _)) => return Ok(Compared::Cancelled),
+            Some((copies::Compared::Differs(path), copy)) => (path, copy),
         };
-        // Its view stays mounted for a while when no layer is left.
-        let view = self.root.join("mnt").join(TREES).join(stem);
-        let mounted = self.is_used(stem)? || top(&read_mounts()?, &view).is_some();
-        if !mounted {
-            lower::discard(&self.store, &tree, ids)?;
-        }
+        let mounted = self.trees.with(stem, || -> Result<bool, Error> {
+            // Its view stays mounted for a while when no layer is left.
+            let view = self.root.join("mnt").join(TREES).join(stem);
+            let mounted = self.is_used(stem)? || top(&read_mounts()?, &view).is_some();
+            if !mounted {
+                lower::discard(&self.store, &tree, ids, &copy)?;
+            }
+            Ok(mounted)
+        })?;
         Ok(Compared::Bad(BadImage {
             path: lower::path(&self.store, &tree, ids),
             tree,

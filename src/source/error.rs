@@ -90,7 +90,7 @@ pub enum FailureKind {
     MountPoint,
     /// It is the store itself.
     Store,
-    /// A sparse file of more bytes than the store's disk has in all.
+    /// A sparse file, with which all sparse files that were read have more bytes than the store's disk has in all.
     TooLarge { size: u64, disk: u64 },
     /// An attribute of overlayfs that has a value or a place which larder's mounts don't make.
     Overlay { attribute: String },
@@ -112,7 +112,7 @@ impl fmt::Display for Failure {
             FailureKind::TooLarge { size, disk } => {
                 write!(
                     f,
-                    "a sparse file of {size} bytes, and the store's disk has {disk} in all: exclude it"
+                    "it is sparse, and with it sparse files have {size} bytes, while the store's disk has {disk} in all: exclude some"
                 )
             }
             FailureKind::Overlay { attribute } => write!(

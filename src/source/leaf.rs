@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
@@ -28,6 +28,8 @@ pub(super) enum Trouble {
     Changed,
     /// It is no longer what the walk saw: its folder must be read again.
     Replaced,
+    /// It has more bytes now than are read in this turn.
+    Large,
     /// Something else is mounted over it.
     MountPoint,
     /// It means something that cannot be made out.
@@ -69,8 +71,12 @@ pub(super) struct Way<'a> {
     /// A file that was changed a shorter time ago is left alone once until then. A write moves the file's times first
     /// and then its bytes, so that one that is under way is not to be seen from the times.
     pub settle: Duration,
-    /// Bytes of the largest sparse file that is read: its zeros cost nobody a disk, and would be read for hours.
+    /// Bytes of the largest file that is read in this turn.
+    pub in_turn: i64,
+    /// Bytes of all sparse files that are read: their zeros cost nobody a disk, and would be read for hours.
     pub most: u64,
+    /// Bytes of those that were.
+    pub sparse: &'a AtomicU64,
 }
 
 /// Reads the entry that had the status `seen` when the walk came by, and stores its content unless it has an `other`.
@@ -101,6 +107,9 @@ pub(super) fn read(
     loop {
         if way.cancel.load(Ordering::Relaxed) {
             return Err(Trouble::Cancelled);
+        }
+        if file_type(&before) == FileType::RegularFile && before.st_size > way.in_turn {
+            return Err(Trouble::Large);
         }
         match read_once(folder, name, &before, other, way, buffers) {
             Err(Trouble::Changed) if tried < TRIES => {
@@ -201,8 +210,11 @@ fn put(file: &File, before: &Stat, way: &Way<'_>) -> Result<LeafKind, Trouble> {
     let size = u64::try_from(before.st_size).unwrap_or(0);
     // What has its bytes fills the disk soon enough, and that is told then.
     let is_sparse = (before.st_blocks.max(0) as u64).saturating_mul(512) < size;
-    if is_sparse && size > way.most {
-        return Err(Trouble::Kind(FailureKind::TooLarge { size, disk: way.most }));
+    if is_sparse {
+        let size = way.sparse.fetch_add(size, Ordering::Relaxed).saturating_add(size);
+        if size > way.most {
+            return Err(Trouble::Kind(FailureKind::TooLarge { size, disk: way.most }));
+        }
     }
     let blob = way
         .build

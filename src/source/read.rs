@@ -148,8 +148,9 @@ struct Walk<'a> {
     pending: Vec<Pending>,
     buffers: Buffers,
     order: u64,
-    /// As [`Way::most`].
+    /// As in [`Way`].
     most: u64,
+    sparse: AtomicU64,
     /// For large files, once there is one: everything else that goes on in this process would wait for them.
     threads: Option<ThreadPool>,
 }
@@ -176,6 +177,7 @@ impl<'a> Walk<'a> {
             buffers: Buffers::new(),
             order: 0,
             most: reading.build.disk_size()?,
+            sparse: AtomicU64::new(0),
             threads: None,
         })
     }
@@ -402,37 +404,48 @@ impl<'a> Walk<'a> {
             return Err(Error::Cancelled);
         }
         let progress = self.reading.progress;
-        let way = Way {
+        let way = |in_turn| Way {
             build: self.reading.build,
             cancel: self.reading.cancel,
             settle: self.reading.settle,
+            in_turn,
             most: self.most,
+            sparse: &self.sparse,
         };
         let (rules, tree) = (self.rules, &self.tree);
-        let read_one = |buffers: &mut Buffers, entry: Pending| {
+        let read_one = |way: &Way<'_>, buffers: &mut Buffers, entry: Pending| {
             let place = Place {
                 below: entry.below,
                 name: entry.name.to_bytes(),
             };
             let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
-            let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, &way, buffers);
-            progress.fetch_add(1, Ordering::Relaxed);
+            let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, way, buffers);
             (entry, read)
         };
-        let read_all = |entries: Vec<Pending>| -> Vec<Outcome> {
-            entries.into_par_iter().map_init(Buffers::new, read_one).collect()
+        let read_all = |entries: Vec<Pending>, in_turn: i64| -> Vec<Outcome> {
+            let way = way(in_turn);
+            let read = entries.into_par_iter().map_init(Buffers::new, |buffers, entry| {
+                let (entry, read) = read_one(&way, buffers, entry);
+                if !matches!(read, Err(Trouble::Large)) {
+                    progress.fetch_add(1, Ordering::Relaxed);
+                }
+                (entry, read)
+            });
+            read.collect()
         };
         let pending = std::mem::take(&mut self.pending);
-        let (large, small): (Vec<_>, Vec<_>) = pending.into_iter().partition(|entry| entry.stat.st_size > LARGE);
-        let mut read = read_all(small);
+        let mut read = read_all(pending, LARGE);
+        // Those that are large, also if they became so just now.
+        let large = read.extract_if(.., |(_, read)| matches!(read, Err(Trouble::Large)));
+        let large: Vec<Pending> = large.map(|(entry, _)| entry).collect();
         if !large.is_empty() {
-            if self.threads.is_none() {
-                self.threads = Some(threads()?);
-            }
-            read.extend(match &self.threads {
-                Some(threads) => threads.install(|| read_all(large)),
-                None => read_all(large),
-            });
+            // Threads of their own, or everything else that goes on in this process would wait for these.
+            let threads = match self.threads.take() {
+                Some(threads) => threads,
+                None => threads()?,
+            };
+            read.extend(threads.install(|| read_all(large, i64::MAX)));
+            self.threads = Some(threads);
         }
         for (entry, read) in read {
             let kind = match read {
@@ -446,7 +459,8 @@ impl<'a> Walk<'a> {
                 Err(Trouble::Cancelled) => return Err(Error::Cancelled),
                 Err(Trouble::MountPoint) => FailureKind::MountPoint,
                 Err(Trouble::Errno(errno)) => FailureKind::Errno(errno.raw_os_error()),
-                Err(Trouble::Changed | Trouble::Replaced) => FailureKind::Changed,
+                // None is left for another turn.
+                Err(Trouble::Changed | Trouble::Replaced | Trouble::Large) => FailureKind::Changed,
             };
             let path = || path_of(&self.visits, entry.visit, &entry.name);
             self.failures.add(entry.order, path, kind);

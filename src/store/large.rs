@@ -106,7 +106,7 @@ impl Build {
         }
         let (copied, ends) = channel();
         let (whole, hashed) = thread::scope(|scope| {
-            let hasher = scope.spawn(move || hash_behind(to, ends));
+            let hasher = scope.spawn(move || hash_behind(to, ends, cancel));
             let whole = self.copy_to_end(from, before, to, cancel, copied);
             (whole, hasher.join().unwrap_or_else(|panic| resume_unwind(panic)))
         });
@@ -214,12 +214,15 @@ fn hash_file(step: Step, file: &File, cancel: &AtomicBool) -> io::Result<(Digest
 }
 
 /// Digest and length of what is written to a file, up to each of `ends` as it comes.
-fn hash_behind(file: &File, ends: Receiver<u64>) -> io::Result<Hashed> {
+fn hash_behind(file: &File, ends: Receiver<u64>, cancel: &AtomicBool) -> io::Result<Hashed> {
     let mut hash = Sha256::new();
     let mut buffer = vec![0; CHUNK];
     let mut at = 0;
     for end in ends {
         while at < end {
+            if cancel.load(Ordering::Relaxed) {
+                return Err(io::Error::other("cancelled"));
+            }
             let length = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
             match disk::pread(Step::StagedRead, file, &mut buffer[..length], at) {
                 Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),

@@ -163,6 +163,7 @@ fn a_layer_that_does_not_decode_can_be_deleted() {
     };
     assert_eq!(Observed::of(object(false)).unwrap_err().field, "spec.mode");
     let observed = Observed::of(object(true)).unwrap();
+    assert!(!observed.decodes);
     let key = ObjectKey::new("ns", "l");
     let decide = |released| step(&key, &observed, None, Recorded::Unknown, "store-1", false, released);
     let id = UID.parse().unwrap();

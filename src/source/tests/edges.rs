@@ -337,6 +337,15 @@ fn a_file_larger_than_the_disk_is_named_and_not_read() {
     assert!(place.scan_but(&["huge"]).is_ok());
 }
 
+/// Sets the flag when dropped.
+struct Cancelled<'a>(&'a AtomicBool);
+
+impl Drop for Cancelled<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 #[test]
 fn files_that_are_read_for_hours_hold_up_no_other_build_and_end_when_cancelled() {
     let (slow, other) = (Place::new(), Place::new());
@@ -352,11 +361,13 @@ fn files_that_are_read_for_hours_hold_up_no_other_build_and_end_when_cancelled()
     let cancel = AtomicBool::new(false);
     let source = SourceDir::open(&slow.store, &slow.source).unwrap();
     thread::scope(|scope| {
+        // Also after a failure: the test would wait for all the zeros.
+        let cancelled = Cancelled(&cancel);
         let reading = scope.spawn(|| scan(&source, &ScanOptions::default(), &build, &cancel));
         thread::sleep(Duration::from_millis(300));
         assert_eq!(other.scan().unwrap().stats().files, 1000);
         assert!(!reading.is_finished(), "all zeros are read: {size} bytes a file");
-        cancel.store(true, Ordering::Relaxed);
+        drop(cancelled);
         let asked = Instant::now();
         let read = reading.join().unwrap();
         assert!(matches!(read, Err(Error::Cancelled)), "{read:?}");
