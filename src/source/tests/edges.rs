@@ -350,8 +350,10 @@ impl Drop for Cancelled<'_> {
 fn files_that_are_read_for_hours_hold_up_no_other_build_and_end_when_cancelled() {
     let (slow, other) = (Place::new(), Place::new());
     let build = slow.store.build().unwrap();
-    let size = build.disk_size().unwrap() / 2;
-    for number in 0..2 * rayon::current_num_threads() {
+    // As much together as may be, and one for each thread.
+    let files = rayon::current_num_threads();
+    let size = build.disk_size().unwrap() / files as u64;
+    for number in 0..files {
         let file = fs::File::create(slow.source.join(number.to_string())).unwrap();
         file.set_len(size).unwrap();
     }
