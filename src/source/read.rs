@@ -3,6 +3,7 @@
 //! One pass serves a plain folder and a layer's upper, which differ in what becomes of some entries ([`Rules`]). Memory
 //! is bounded by the resulting tree, and open folders by a constant, whatever the depth.
 
+use std::cell::OnceCell;
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
@@ -151,8 +152,8 @@ struct Walk<'a> {
     /// As in [`Way`].
     most: u64,
     sparse: AtomicU64,
-    /// For large files, once there is one: everything else that goes on in this process would wait for them.
-    threads: Option<ThreadPool>,
+    /// For large files, once there is one.
+    threads: OnceCell<ThreadPool>,
 }
 
 impl<'a> Walk<'a> {
@@ -178,7 +179,7 @@ impl<'a> Walk<'a> {
             order: 0,
             most: reading.build.disk_size()?,
             sparse: AtomicU64::new(0),
-            threads: None,
+            threads: OnceCell::new(),
         })
     }
 
@@ -434,18 +435,26 @@ impl<'a> Walk<'a> {
             read.collect()
         };
         let pending = std::mem::take(&mut self.pending);
-        let mut read = read_all(pending, LARGE);
-        // Those that are large, also if they became so just now.
-        let large = read.extract_if(.., |(_, read)| matches!(read, Err(Trouble::Large)));
-        let large: Vec<Pending> = large.map(|(entry, _)| entry).collect();
+        let (large, small): (Vec<_>, Vec<_>) = pending.into_iter().partition(|entry| entry.stat.st_size > LARGE);
+        let mut read = match large.is_empty() {
+            true => read_all(small, LARGE),
+            false => {
+                let mut read = Vec::new();
+                let small = self.threads()?.in_place_scope(|scope| {
+                    scope.spawn(|_| read = read_all(large, i64::MAX));
+                    read_all(small, LARGE)
+                });
+                read.extend(small);
+                read
+            }
+        };
+        // Those that became large just now.
+        let large: Vec<Pending> = read
+            .extract_if(.., |(_, read)| matches!(read, Err(Trouble::Large)))
+            .map(|(entry, _)| entry)
+            .collect();
         if !large.is_empty() {
-            // Threads of their own, or everything else that goes on in this process would wait for these.
-            let threads = match self.threads.take() {
-                Some(threads) => threads,
-                None => threads()?,
-            };
-            read.extend(threads.install(|| read_all(large, i64::MAX)));
-            self.threads = Some(threads);
+            read.extend(self.threads()?.install(|| read_all(large, i64::MAX)));
         }
         for (entry, read) in read {
             let kind = match read {
@@ -466,6 +475,19 @@ impl<'a> Walk<'a> {
             self.failures.add(entry.order, path, kind);
         }
         Ok(())
+    }
+
+    /// Threads of their own, or everything else that goes on in this process would wait for large files.
+    fn threads(&self) -> Result<&ThreadPool, Error> {
+        if let Some(threads) = self.threads.get() {
+            return Ok(threads);
+        }
+        let pool = ThreadPoolBuilder::new()
+            .num_threads(rayon::current_num_threads())
+            .thread_name(|number| format!("read-{number}"));
+        let error = |error| Error::io("start threads for", "the source".as_ref(), std::io::Error::other(error));
+        let pool = pool.build().map_err(error)?;
+        Ok(self.threads.get_or_init(|| pool))
     }
 
     /// Looks whether the folders are as they were: something that was moved from one that was still to be read into
@@ -514,15 +536,6 @@ impl<'a> Walk<'a> {
         self.order += 1;
         self.failures.add(self.order, || self.path.clone(), kind);
     }
-}
-
-/// As many as there are processors, or as the pool has that this is called in.
-fn threads() -> Result<ThreadPool, Error> {
-    let pool = ThreadPoolBuilder::new()
-        .num_threads(rayon::current_num_threads())
-        .thread_name(|number| format!("read-{number}"));
-    let error = |error| Error::io("start threads for", "the source".as_ref(), std::io::Error::other(error));
-    pool.build().map_err(error)
 }
 
 /// The path of an entry of a visited folder, or with an empty name that of the folder.
