@@ -42,12 +42,11 @@ pub(super) fn compare(folder: OwnedFd, tree: &Tree, wait: &mut dyn FnMut(u64) ->
         wait,
     };
     let mut path: Vec<u8> = Vec::new();
-    // The folders that are open: their entries that are left, and the length of their path.
-    let mut frames: Vec<(std::slice::Iter<'_, Entry>, usize)> = Vec::new();
     if !comparison.folder(Tree::ROOT).unwrap_or(false) {
         return Ok(Compared::Differs(b".".to_vec()));
     }
-    frames.push((tree.dir(Tree::ROOT).entries.iter(), 0));
+    // The folders that are open: their entries that are left, and the length of their path.
+    let mut frames: Vec<(std::slice::Iter<'_, Entry>, usize)> = vec![(tree.dir(Tree::ROOT).entries.iter(), 0)];
     while let Some((entries, length)) = frames.last_mut() {
         path.truncate(*length);
         let Some(entry) = entries.next() else {
@@ -113,11 +112,8 @@ impl Comparison<'_> {
         let inode = (stat.st_dev, stat.st_ino);
         let is_same = leaf.meta == meta(&stat, self.buffers.at(&place)?)
             && stat.st_nlink as u64 == u64::from(links)
-            && *self.inodes.entry(id).or_insert(inode) == inode
+            && (links < 2 || *self.inodes.entry(id).or_insert(inode) == inode)
             && is_of_kind(leaf, &stat, &place)?;
-        if links < 2 {
-            self.inodes.remove(&id);
-        }
         match &leaf.kind {
             LeafKind::File { digest, .. } if is_same => self.content(&folder, &name, digest),
             _ => Ok(Some(is_same)),

@@ -6,12 +6,12 @@ use std::path::Path;
 
 use super::error::IoContext;
 use super::lock::relock;
-use super::mounted::is_upper_of;
+use super::mounted::fail_if_shown_elsewhere;
 use super::mountinfo::{self, Mount};
 use super::record::{self, sync_folder};
 use super::{
     Error, Inner, LayerId, LayerRecord, LayerSpec, Lost, Mode, Paths, Prepared, SOURCE_PREFIX, Stage, check, disk,
-    has_disk, inuse, lower, make_point, make_private, mount,
+    has_disk, lower, make_point, make_private, mount,
 };
 use crate::store::remove_all;
 
@@ -207,14 +207,7 @@ impl Inner {
         if record.stage == Stage::Made {
             // What this process does not see mounted may still be mounted where it does not look: a second mount of one
             // upper would damage it, and a layer in memory that is in use there is not lost.
-            let users = inuse::mounts(None, &paths.mount, |m| is_upper_of(m, &record.id))
-                .context("look for other mounts of", &paths.mount)?;
-            if !users.is_empty() {
-                return Err(Error::InUse {
-                    id: record.id.clone(),
-                    by: users.join(", "),
-                });
-            }
+            fail_if_shown_elsewhere(&record.id, &paths.mount, None)?;
         }
         if record.stage == Stage::Made && record.mode == Mode::Tmpfs && !disk_is_up {
             // Recorded before anything is made anew, so that it is told even if we die in between.

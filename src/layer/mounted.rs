@@ -4,8 +4,9 @@ use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use super::error::IoContext;
 use super::mountinfo::Mount;
-use super::{LayerId, SOURCE_PREFIX, shared};
+use super::{Error, LayerId, SOURCE_PREFIX, inuse, shared};
 use crate::store::TreeDigest;
 
 /// The tree that a mount shows.
@@ -51,12 +52,25 @@ fn stem_of(lower: &Path) -> Option<&str> {
 ///
 /// Where the path of the store is an unusual one, a kernel before 6.13 shows the upper as `/proc/self/fd/N`; there the mount
 /// point has the id, unless it is a bind.
-pub(super) fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
+fn is_upper_of(mount: &Mount, id: &LayerId) -> bool {
     let named =
         mount.source.starts_with(SOURCE_PREFIX.as_bytes()) && mount.point.ends_with(Path::new("mnt").join(id.as_str()));
     let shows = |part: String| says(mount, part.as_bytes());
     mount.fs_type == "overlay"
         && (named || shows(format!("/layers/{id}/upper")) || shows(format!("/layers/{id}/disk/upper")))
+}
+
+/// Fails if somebody else than `own` shows the layer, in whatever namespace: by the file system's number `dev` if it has one
+/// here, and by its upper.
+pub(super) fn fail_if_shown_elsewhere(id: &LayerId, own: &Path, dev: Option<(u32, u32)>) -> Result<(), Error> {
+    let users = inuse::mounts(dev, own, |mount| is_upper_of(mount, id)).context("look for other mounts of", own)?;
+    match users.is_empty() {
+        true => Ok(()),
+        false => Err(Error::InUse {
+            id: id.clone(),
+            by: users.join(", "),
+        }),
+    }
 }
 
 /// The lower folders of an overlay, as far as it says them.

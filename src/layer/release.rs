@@ -10,7 +10,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use super::error::IoContext;
 use super::life::{read_mounts, top};
 use super::lock::relock;
-use super::mounted::is_upper_of;
+use super::mounted::fail_if_shown_elsewhere;
 use super::record::{self, sync_folder};
 use super::{
     Error, Inner, LayerId, LayerRecord, Mode, PAUSE, Paths, Stage, TRIES, inuse, make_private, mount, set_fixed,
@@ -47,11 +47,7 @@ impl Inner {
             _ => top(&mounts, &paths.mount).map(|m| m.dev),
         };
         // However long they take: under a pod that still has the layer, its files would vanish, and its tree could.
-        let users = inuse::mounts(dev, &paths.mount, |m| is_upper_of(m, id))
-            .context("look for other mounts of", &paths.mount)?;
-        if !users.is_empty() {
-            return Err(in_use(users.join(", ")));
-        }
+        fail_if_shown_elsewhere(id, &paths.mount, dev)?;
         // They would go with it, unasked.
         let is_inside = |point: &PathBuf| {
             [&paths.mount, &paths.disk]
@@ -80,11 +76,7 @@ impl Inner {
             }
         }
         // Who came meanwhile, as a pod that was just starting. (By its number, the file system cannot be known any more.)
-        let users = inuse::mounts(None, &paths.mount, |m| is_upper_of(m, id))
-            .context("look for other mounts of", &paths.mount)?;
-        if !users.is_empty() {
-            return Err(in_use(users.join(", ")));
-        }
+        fail_if_shown_elsewhere(id, &paths.mount, None)?;
         // What is mounted there now is not ours, and its files are not ours to remove.
         let mounts = read_mounts()?;
         let ours = [&paths.mount, &paths.folder];

@@ -71,23 +71,26 @@ pub struct Found {
 /// # Errors
 /// If the forced one does not, or if not even a copy can be a lower layer.
 pub(super) fn find(store: &Store, mounts: &Path, forced: Option<Road>) -> Result<Found, Error> {
+    if let Some(road) = forced {
+        try_out(store, mounts, road).map_err(|error| match error {
+            error @ Error::Probe { .. } => error,
+            error => Error::Probe {
+                road,
+                message: format!("--layer-road forces it, and {error}"),
+            },
+        })?;
+        let closed = Vec::new();
+        return Ok(Found { road, closed });
+    }
     let mut closed = Vec::new();
-    let last = forced.unwrap_or(Road::Copy);
-    let better = Road::ALL.into_iter().filter(|road| forced.is_none() && *road != last);
-    for road in better {
+    for road in Road::ALL {
         match try_out(store, mounts, road) {
             Ok(()) => return Ok(Found { road, closed }),
+            Err(error) if road == Road::Copy => return Err(error),
             Err(error) => closed.push((road, error)),
         }
     }
-    try_out(store, mounts, last).map_err(|error| match (forced, error) {
-        (None, error) | (_, error @ Error::Probe { .. }) => error,
-        (Some(road), error) => Error::Probe {
-            road,
-            message: format!("--layer-road forces it, and {error}"),
-        },
-    })?;
-    Ok(Found { road: last, closed })
+    unreachable!("the last road ends the loop")
 }
 
 const TEXT: &[u8] = b"a layer is read through its image";

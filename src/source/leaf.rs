@@ -207,10 +207,9 @@ fn read_file(
 }
 
 fn put(file: &File, before: &Stat, way: &Way<'_>) -> Result<LeafKind, Trouble> {
-    let size = u64::try_from(before.st_size).unwrap_or(0);
     // What has its bytes fills the disk soon enough, and that is told then.
-    let is_sparse = (before.st_blocks.max(0) as u64).saturating_mul(512) < size;
-    if is_sparse {
+    if store::is_sparse(before) {
+        let size = u64::try_from(before.st_size).unwrap_or(0);
         let size = way.sparse.fetch_add(size, Ordering::Relaxed).saturating_add(size);
         if size > way.most {
             return Err(Trouble::Kind(FailureKind::TooLarge { size, disk: way.most }));

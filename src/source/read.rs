@@ -405,28 +405,23 @@ impl<'a> Walk<'a> {
             return Err(Error::Cancelled);
         }
         let progress = self.reading.progress;
-        let way = |in_turn| Way {
-            build: self.reading.build,
-            cancel: self.reading.cancel,
-            settle: self.reading.settle,
-            in_turn,
-            most: self.most,
-            sparse: &self.sparse,
-        };
         let (rules, tree) = (self.rules, &self.tree);
-        let read_one = |way: &Way<'_>, buffers: &mut Buffers, entry: Pending| {
-            let place = Place {
-                below: entry.below,
-                name: entry.name.to_bytes(),
-            };
-            let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
-            let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, way, buffers);
-            (entry, read)
-        };
         let read_all = |entries: Vec<Pending>, in_turn: i64| -> Vec<Outcome> {
-            let way = way(in_turn);
+            let way = Way {
+                build: self.reading.build,
+                cancel: self.reading.cancel,
+                settle: self.reading.settle,
+                in_turn,
+                most: self.most,
+                sparse: &self.sparse,
+            };
             let read = entries.into_par_iter().map_init(Buffers::new, |buffers, entry| {
-                let (entry, read) = read_one(&way, buffers, entry);
+                let place = Place {
+                    below: entry.below,
+                    name: entry.name.to_bytes(),
+                };
+                let other = |stat: &Stat, xattrs: &mut Xattrs| rules.leaf(tree, place, stat, xattrs);
+                let read = leaf::read(&entry.folder, &entry.name, &entry.stat, &other, &way, buffers);
                 if !matches!(read, Err(Trouble::Large)) {
                     progress.fetch_add(1, Ordering::Relaxed);
                 }

@@ -174,7 +174,7 @@ impl Build {
     fn put_opened(&self, from: &File, cancel: &AtomicBool) -> Result<Blob, Error> {
         let stat = rustix::fs::fstat(from).map_err(|e| Error::Source(e.into()))?;
         let size = stat.st_size.max(0) as u64;
-        let hole = match (stat.st_blocks.max(0) as u64).saturating_mul(512) < size {
+        let hole = match files::is_sparse(&stat) {
             true => FINE,
             false => 0,
         };

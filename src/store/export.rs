@@ -252,8 +252,7 @@ impl Export<'_> {
                 Err(_) => {}
             }
         }
-        let sparse = (stat.st_blocks.max(0) as u64).saturating_mul(512) < size;
-        match copy(&from, file, size, sparse, &self.watch.cancel) {
+        match copy(&from, file, size, files::is_sparse(&stat), &self.watch.cancel) {
             Err(Errno::CANCELED) => Err(Error::Cancelled),
             other => other.map_err(|e| self.error("write the content", e)),
         }

@@ -133,6 +133,11 @@ pub fn is_settled(stat: &Stat, now: SystemTime) -> bool {
     (stat.st_ctime, stat.st_ctime_nsec) <= (latest.as_secs() as i64, latest.subsec_nanos().into())
 }
 
+/// Whether a file with this status has fewer blocks than bytes: it has holes, or is compressed.
+pub fn is_sparse(stat: &Stat) -> bool {
+    (stat.st_blocks.max(0) as u64).saturating_mul(512) < stat.st_size.max(0) as u64
+}
+
 /// Removes a name that is not a folder; one that is gone already is good.
 pub(super) fn remove_file(step: Step, at: impl AsFd, name: impl rustix::path::Arg) -> Result<(), Errno> {
     match unlink(step, at, name) {

@@ -59,7 +59,7 @@ pub use digest::{Digest, InvalidDigest, TreeDigest};
 use disk::Step;
 pub use error::{Error, Problem, path_text};
 pub use export::ExportWatch;
-pub use files::{is_settled, read_bounded};
+pub use files::{is_settled, is_sparse, read_bounded};
 pub use gc::{
     Collecting, Decision, DroppedHistory, Gone, Held, HeldTree, Holders, Kind, Removals, Report, StoredManifest,
     Unfinished,

@@ -41,6 +41,15 @@ impl Images {
         source
     }
 
+    /// A generated folder, as it was, and its tree.
+    fn generated(&self, seed: u64) -> (Looked, crate::store::TreeDigest) {
+        let source = self.source();
+        make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
+        let (made, tree) = (look(&source), take(&self.store, &source).digest().unwrap());
+        remove_all(&source).unwrap();
+        (made, tree)
+    }
+
     /// Shows a tree to `see`, as a mount that nobody can write to.
     fn show(&self, tree: &crate::store::TreeDigest, ids: Option<(u32, u32)>, see: impl FnOnce(&Path)) {
         let id: LayerId = uuid::Uuid::new_v4().to_string().parse().unwrap();
@@ -122,10 +131,7 @@ impl Images {
         let images = self;
         for seed in seeds {
             let what = format!("LARDER_SEED={seed}");
-            let source = images.source();
-            make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
-            let made = look(&source);
-            let tree = take(&images.store, &source).digest().unwrap();
+            let (made, tree) = images.generated(seed);
             images.show(&tree, None, |path| assert_alike(&made, &look(path), &what));
             images.check(&what);
             let bytes = fs::read(images.image()).unwrap();
@@ -142,7 +148,6 @@ impl Images {
             });
             images.check(&what);
             remove_all(&images.image()).unwrap();
-            remove_all(&source).unwrap();
         }
     }
 }
@@ -164,10 +169,7 @@ fn any_folder_is_shown_by_its_copy_as_it_is() {
     for round in 0..rounds(20) {
         let seed = first.wrapping_add(round);
         let what = format!("LARDER_SEED={seed}");
-        let source = images.source();
-        make::folder(&source, (0xfff, 0xf_ffff), &mut StdRng::seed_from_u64(seed));
-        let made = look(&source);
-        let tree = take(&images.store, &source).digest().unwrap();
+        let (made, tree) = images.generated(seed);
         images.show(&tree, None, |path| assert_alike(&made, &look(path), &what));
         images.show(&tree, Some(OWNER), |path| {
             assert_alike(&owned(&made), &look(path), &what)
@@ -175,7 +177,6 @@ fn any_folder_is_shown_by_its_copy_as_it_is() {
         for copy in fs::read_dir(images.store.images_dir()).unwrap() {
             remove_all(&copy.unwrap().path()).unwrap();
         }
-        remove_all(&source).unwrap();
     }
 }
 
